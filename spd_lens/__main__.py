@@ -1,0 +1,3 @@
+from spd_lens.cli import main
+
+main()

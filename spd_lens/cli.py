@@ -1,0 +1,137 @@
+"""`spd-lens`: parse, call, print."""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from spd_lens.bench import bench_step
+from spd_lens.config import SPDConfig
+from spd_lens.errors import SPDError
+from spd_lens.metrics import CHEAT
+from spd_lens.report import induction_page
+from spd_lens.storage import check_writable, write_text
+from spd_lens.tasks import induction
+from spd_lens.training import decompose
+
+REPORT_BYTES = 8_000_000  # plotly itself, and our figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    console = Console(highlight=False, soft_wrap=True)
+    warnings.filterwarnings("ignore", module="transformer_lens")  # HookedTransformer's deprecation notice is not the reader's business
+    try:
+        options.call(options, console)
+    except SPDError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spd-lens", description="Which piece of which weight does this?")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    default = SPDConfig()
+
+    toy = commands.add_parser("induction", help="take a transformer's induction circuit apart", description=induction.__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    toy.add_argument(
+        "--out", type=Path, default=Path("out/induction"), help="folder for decomposition/, report.html, results.json (%(default)s)"
+    )
+    toy.add_argument("--seed", type=int, default=0, help="of the target and of the decomposition (%(default)s)")
+    toy.add_argument("--steps", type=int, help=f"training steps ({default.steps}; the paper's: 100000)")
+    toy.add_argument("--subcomponents", type=int, help=f"per matrix ({induction.WIDTH}; the paper's: 100)")
+    toy.add_argument("--importance", choices=("attention", "vector", "scalar"), help="how causal importance is predicted (attention)")
+    toy.add_argument("--paper", action="store_true", help="the settings of arXiv 2511.08854 to the letter (days on a CPU; mind --steps)")
+    toy.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run in --out")
+    toy.add_argument("--quiet", action="store_true", help="no progress bar")
+    toy.set_defaults(call=_induction)
+
+    bench = commands.add_parser("bench", help="measure speed and memory")
+    kinds = bench.add_subparsers(required=True, metavar="WHAT")
+    step = kinds.add_parser("step", help="the training step; one JSON line per configuration, each in a process of its own")
+    step.add_argument("--batch", type=int, nargs="+", default=[128])
+    step.add_argument("--subcomponents", type=int, nargs="+", default=[100])
+    step.add_argument("--importance", nargs="+", default=["attention"], choices=("attention", "vector", "scalar"))
+    step.add_argument("--threads", type=int, nargs="+", default=[1])
+    step.add_argument("--device", default="cpu")
+    step.add_argument("--steps", type=int, default=5, help="timed steps (%(default)s)")
+    step.set_defaults(call=_bench_step)
+    return parser
+
+
+def _induction(options: argparse.Namespace, console: Console) -> None:
+    started, out = time.perf_counter(), options.out
+    changes = {name: getattr(options, name) for name in ("steps", "subcomponents", "importance") if getattr(options, name) is not None}
+    config = SPDConfig.paper(**changes, seed=options.seed) if options.paper else induction.config(**changes, seed=options.seed)
+    check_writable(out, REPORT_BYTES)
+    target, checkpoint = out / "target.safetensors", out / "checkpoint.safetensors"
+    if options.resume and target.exists():
+        model = induction.load_target(target)
+    else:
+        console.print(f"training the target (seed {options.seed}) …")
+        model = induction.train_target(options.seed)
+        induction.save_target(model, target, options.seed)
+    start = time.perf_counter()
+    console.print(
+        f"target ready after {start - started:.0f} s; decomposing its six Q, K, V matrices, {config.steps} steps of {config.batch_size} …"
+    )
+    data = induction.batches(config.batch_size, options.seed + 100)
+    try:
+        decomposition = decompose(model, data, config, progress=not options.quiet, checkpoint=checkpoint, resume=options.resume)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the checkpoint is in {checkpoint}. Go on with: spd-lens induction --out {out} --resume")
+        raise
+    outcome = induction.measure(decomposition, options.seed, started, time.perf_counter() - start)
+    decomposition.save(out / "decomposition")
+    write_text(out / "results.json", json.dumps(outcome.results(), indent=1))
+    write_text(out / "report.html", induction_page(outcome))
+    checkpoint.unlink(missing_ok=True)
+
+    _print(console, outcome.beside_paper(), "Active subcomponents (g > 0.5); in brackets the paper's, arXiv 2511.08854, Table 1")
+    _print(console, outcome.verification_table(), "Can the count be trusted? KL in nats, without the delta")
+    for edge, value in outcome.attention.items():
+        console.print(f"attention {edge}: {value['original']:.3f} in the original, {value['hard']:.3f} with hard masks")
+    cut = ", ".join(f"{site} {value:.3f}" for site, value in outcome.ablated.items())
+    console.print(f"accuracy {outcome.target_accuracy:.4f}; with the active subcomponents of one site cut out of the original: {cut}")
+    if outcome.verification.leans_on_inactive:
+        console.print(f"[bold red]warning:[/] {CHEAT}")
+    console.print(
+        f"{outcome.seconds:.0f} s in all, {outcome.seconds_decomposition:.0f} s of it the decomposition. See {out / 'report.html'}"
+    )
+
+
+def _bench_step(options: argparse.Namespace, console: Console) -> None:
+    cases = list(itertools.product(options.batch, options.subcomponents, options.importance, options.threads))
+    for batch, C, importance, threads in cases:
+        if len(cases) == 1:
+            print(json.dumps(bench_step(batch, C, importance, threads, options.device, options.steps)), flush=True)
+        else:  # peak memory is a process's: one configuration each
+            subprocess.run([sys.executable, "-m", "spd_lens", "bench", "step", "--batch", str(batch), "--subcomponents", str(C), "--importance",
+                            importance, "--threads", str(threads), "--device", options.device, "--steps", str(options.steps)], check=True)  # fmt: skip
+
+
+def _print(console: Console, frame: pd.DataFrame, title: str) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(str(frame.index.name or ""))
+    for column in frame.columns:
+        table.add_column(str(column), justify="right")
+    for row, values in frame.iterrows():
+        table.add_row(str(row), *map(str, values))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""How a decomposition is made: one frozen object that refuses what it does not know."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from spd_lens.errors import SPDError, nearest
+
+Importance = Literal["attention", "vector", "scalar"]
+Initialisation = Literal["svd", "random"]
+Positions = Literal["all", "last"]
+MaskKind = Literal["mixed", "uniform"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value over training: `points` are (fraction of training done, value), joined by lines or half cosines.
+
+    Two points at the same fraction make a step. Before the first and after the last point the value stays.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        try:
+            points = tuple((float(at), float(value)) for at, value in self.points)
+        except (TypeError, ValueError):
+            raise SPDError(f"a schedule was given as {self.points!r}; give a number, or (fraction, value) pairs "
+                           "such as ((0, 0.2), (0.5, 0.02)).") from None  # fmt: skip
+        ats = [at for at, _ in points]
+        if not points or ats != sorted(ats) or not 0 <= ats[0] <= ats[-1] <= 1 or not all(math.isfinite(v) for _, v in points):
+            raise SPDError(f"a schedule was given as {points!r}; its fractions have to rise within 0 … 1 and its values be finite.")
+        if self.shape not in ("linear", "cosine"):
+            raise SPDError(f"a schedule's shape was given as {self.shape!r}; {nearest(str(self.shape), ('linear', 'cosine'))}.")
+        object.__setattr__(self, "points", points)
+
+    @classmethod
+    def of(cls, value: "Schedule | float | tuple[tuple[float, float], ...] | Mapping[str, Any]") -> "Schedule":
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, Mapping):
+            return cls(**value)
+        return cls(((0.0, value),)) if isinstance(value, (int, float)) else cls(value)
+
+    def at(self, fraction: float) -> float:
+        before, after = self.points[0], self.points[-1]
+        if fraction < before[0] or len(self.points) == 1:
+            return before[1]
+        for left, right in zip(self.points, self.points[1:]):
+            if left[0] <= fraction < right[0]:
+                along = (fraction - left[0]) / (right[0] - left[0])
+                if self.shape == "cosine":
+                    along = (1 - math.cos(math.pi * along)) / 2
+                return left[1] + along * (right[1] - left[1])
+        return after[1]
+
+
+ScheduleLike = Schedule | float | tuple[tuple[float, float], ...]
+
+DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
+    "faithfulness": ((0.0, 1e3), (0.75, 1e3), (0.75, 3e4)),
+    "stochastic": 1.0,
+    "layerwise": 1.0,
+    "adversarial": ((0.26, 0.0), (0.26, 0.5)),
+    "minimality": ((0.0, 0.2), (0.26, 0.2), (0.26, 0.02)),
+    "frequency": ((0.0, 0.012), (0.57, 0.012), (0.57, 0.0)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SPDConfig:
+    """How to decompose. Every number with a schedule is a number or (fraction of training, value) pairs.
+
+    Attributes:
+        sites: glob patterns of the matrices to decompose, TransformerLens' own names.
+        subcomponents: how many each matrix gets (C); or a mapping from pattern to number, the first match counts.
+        importance: how causal importance is predicted: `attention` sees other positions (arXiv 2511.08854), `vector` the
+            site's whole input, `scalar` each subcomponent's own inner activation (arXiv 2506.20790).
+        gate_width: hidden units of each subcomponent's importance MLP, and width of the importance attention.
+        gate_bias: where importances start (1: all on).
+        distance_decay: the relative positional bias starts at minus this, per position of distance.
+        init: `svd` starts from the matrix's singular vectors, `random` from noise.
+        steps: training steps; 0 returns the initialised decomposition.
+        batch_size: sequences a step (where tokens are one tensor; an iterable brings its own batches).
+        learning_rate: Adam's, for U and V and the importance functions.
+        output_positions: compare outputs at `all` positions or at the `last`.
+        seed: of everything random.
+        device: where the model is expected; None takes the model's.
+        weights: of each loss, by name (see `spd_lens.losses.LOSSES`); a loss without weight is not computed.
+        minimality_power: p of the minimality term |g|^p.
+        frequency_scale: active positions per sequence below which the frequency term is linear.
+        masks: `mixed` draws r = 0 for 30 % of the sequences, a coin for 20 %, uniform for the rest; `uniform` (the paper's)
+            can be cheated by a model that leans on half-strength subcomponents.
+        layerwise_sites: how many sites, drawn anew each step, the layerwise loss masks; None: every one.
+    """
+
+    sites: tuple[str, ...] = ("blocks.*.attn.W_[QKVO]", "blocks.*.mlp.W_*")
+    subcomponents: int | Mapping[str, int] = 64
+    importance: Importance = "attention"
+    gate_width: int = 16
+    gate_bias: float = 1.0
+    distance_decay: float = 0.3
+    init: Initialisation = "svd"
+    steps: int = 2500
+    batch_size: int = 32
+    learning_rate: ScheduleLike = ((0.0, 5e-3), (0.75, 1e-3), (1.0, 0.0))
+    output_positions: Positions = "all"
+    seed: int = 0
+    device: str | None = None
+    weights: Mapping[str, ScheduleLike] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    minimality_power: ScheduleLike = ((0.0, 1.0), (0.75, 0.1))
+    frequency_scale: float = 0.05
+    masks: MaskKind = "mixed"
+    layerwise_sites: int | None = 2
+
+    def __new__(cls, *args: Any, **given: Any) -> "SPDConfig":
+        allowed = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in allowed:
+                raise SPDError(f"SPDConfig has no {name!r}; {nearest(name, allowed)}.")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        keep = object.__setattr__
+        keep(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        for name in ("learning_rate", "minimality_power"):
+            keep(self, name, Schedule.of(getattr(self, name)))
+        keep(self, "weights", {name: Schedule.of(weight) for name, weight in self.weights.items()})
+        for name, kind in {"importance": Importance, "init": Initialisation, "output_positions": Positions, "masks": MaskKind}.items():
+            given = getattr(self, name)
+            if given not in get_args(kind):
+                raise SPDError(f"{name} was given as {given!r}; {nearest(str(given), get_args(kind))}.")
+        for name, least in {"gate_width": 1, "steps": 0, "batch_size": 1}.items():
+            given = getattr(self, name)
+            if not isinstance(given, int) or isinstance(given, bool) or given < least:
+                raise SPDError(f"{name} was given as {given!r}; it has to be a whole number of at least {least}.")
+        counts = self.subcomponents.values() if isinstance(self.subcomponents, Mapping) else [self.subcomponents]
+        for count in counts:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise SPDError(f"subcomponents was given as {count!r}; a matrix needs at least 1, and as many as its rank to be exact.")
+        if self.frequency_scale <= 0:
+            raise SPDError(f"frequency_scale was given as {self.frequency_scale!r}; it has to be above 0.")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "SPDConfig":
+        """The settings of arXiv 2511.08854 for its induction toy, to the letter; `changes` override."""
+        paper: dict[str, Any] = dict(
+            sites=("blocks.*.attn.W_[QKV]",), subcomponents=100, importance="attention", gate_width=16, gate_bias=0.0,
+            distance_decay=0.0, init="random", steps=100_000, batch_size=1024, output_positions="last", masks="uniform",
+            learning_rate=Schedule(((0.0, 1e-3), (1.0, 0.0)), "cosine"), minimality_power=((0.0, 0.9), (1.0, 0.1)),
+            layerwise_sites=None,
+            weights={"faithfulness": 1e3, "plain": 0.5, "stochastic": 1.0, "layerwise": 1.0, "minimality": 0.02},
+        )  # fmt: skip
+        return cls(**{**paper, **changes})
+
+    def replace(self, **changes: Any) -> "SPDConfig":
+        return type(self)(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "SPDConfig":
+        return cls(**data)

@@ -1,0 +1,321 @@
+"""A model and the subcomponents of its matrices: observe, run, hooks. The only file that attaches hooks.
+
+One batch's way: tokens `[b, s]` → *observe* (clean pass: logits, the input of every site) → *inner* `x·V` → *importance* →
+masks → *run* (each site writes `((x·V) ∘ mask)·U + bias + δ·x·(W - V·U)`) → masked logits.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from spd_lens.components import Components, masked_output
+from spd_lens.config import SPDConfig
+from spd_lens.errors import SPDError, nearest
+from spd_lens.importance import Importance, lower_leaky
+from spd_lens.sites import Hook, Passage, Rewrite, Site, disarm, model_device, rewrite_hooks
+
+STACKED_TOKENS = 1 << 16  # tokens of one stacked pass of `run_many`; more variants take several passes
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one clean forward pass shows.
+
+    Attributes:
+        logits: `[b, s, vocabulary]`, the original model's.
+        inner: site → `[b, s, C]`, what each subcomponent reads: `v_c·x`.
+        importances: site → `[b, s, C]` in [0, 1].
+    """
+
+    logits: Float[Tensor, "b s vocabulary"]
+    inner: dict[str, Float[Tensor, "b s C"]]
+    importances: dict[str, Float[Tensor, "b s C"]]
+
+
+@dataclass(eq=False)
+class Decomposition:
+    """A model with some of its matrices split into rank-one subcomponents. Make one with `spd_lens.decompose`.
+
+    Attributes:
+        model: the model itself, unchanged.
+        sites: name → `Site`.
+        components: name → `Components` with `V [d_in, C]` and `U [C, d_out]`.
+        gates: name → the importance function.
+        config: how it was made.
+        steps_done: training steps behind it.
+        history: a few figures of the training, one dict per line of it.
+    """
+
+    model: Any
+    sites: dict[str, Site]
+    components: dict[str, Components]
+    gates: dict[str, Importance]
+    config: SPDConfig
+    steps_done: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    # --- looking ---
+
+    @torch.no_grad()
+    def observe(self, tokens: Tensor | str | Sequence[str]) -> Observation:
+        """One clean pass: the original logits, and per site the inner activations and causal importances."""
+        logits, inputs = self.trace(self.tokens(tokens))
+        inner, z = self.importance_logits(inputs)
+        return Observation(logits, inner, {name: lower_leaky(z[name]) for name in z})
+
+    def importances(self, tokens: Tensor | str | Sequence[str]) -> dict[str, Float[Tensor, "b s C"]]:
+        """Site → causal importances `[b, s, C]` in [0, 1]."""
+        return self.observe(tokens).importances
+
+    def trace(self, tokens: Int[Tensor, "b s"]) -> tuple[Float[Tensor, "b s vocabulary"], dict[str, Float[Tensor, "b s d_in"]]]:
+        """The original logits and the input of every site, gradients kept if they are on."""
+        inputs: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Rewrite:
+            return lambda passage: inputs.__setitem__(name, passage.x)
+
+        logits = self._forward(tokens, {name: keep(name) for name in self.sites})
+        return logits, {name: inputs[name] for name in self.sites}
+
+    def importance_logits(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Per site the inner activations and the logits z of importance, both `[b, s, C]`."""
+        inner = {name: self.components[name].inner(x) for name, x in inputs.items()}
+        return inner, {name: self.gates[name](x, inner[name]) for name, x in inputs.items()}
+
+    # --- running ---
+
+    def run(
+        self, tokens: Tensor | str | Sequence[str], masks: Mapping[str, Tensor], delta: float | Tensor = 0.0
+    ) -> Float[Tensor, "b s vocabulary"]:
+        """Logits with the named sites replaced by their masked subcomponents.
+
+        Args:
+            tokens: `[b, s]`, or text where the model has a tokenizer.
+            masks: site → tensor that broadcasts to `[b, s, C]`; sites not named stay as they are.
+            delta: how much of `W - V·U` is added back; with all masks 1 and delta 1 the result is the original.
+        """
+        return self._forward(self.tokens(tokens), self._replacements(masks, delta))
+
+    def run_many(self, tokens: Int[Tensor, "b s"], variants: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, "V b s vocabulary"]:
+        """`run` for each of several sets of masks `[b, s, C]`, without delta, stacked along the batch: the trainer's fast path."""
+        batch, length = tokens.shape
+        at_once = max(1, STACKED_TOKENS // (batch * length))
+        parts = [self._run_stacked(tokens, variants[i : i + at_once]) for i in range(0, len(variants), at_once)]
+        return torch.cat(parts)
+
+    def _run_stacked(self, tokens: Tensor, variants: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        many, batch = len(variants), len(tokens)
+        names = [name for name in self.sites if any(name in masks for masks in variants)]
+
+        def rewrite(name: str) -> Rewrite:
+            replaced = [i for i, masks in enumerate(variants) if name in masks]
+            mask = torch.cat([variants[i][name] for i in replaced])
+            index = torch.tensor(replaced, device=tokens.device)
+
+            def some(passage: Passage) -> Tensor:
+                def rows(t: Tensor | None) -> Tensor | None:
+                    return None if t is None else t.unflatten(-3, (many, batch)).index_select(-4, index).flatten(-4, -3)
+
+                part = Passage(rows(passage.x), rows(passage.y), passage.bias, rows(passage.by_head))
+                new = masked_output(self.components[name], self.sites[name], part, mask, 0.0)
+                original = passage.y.unflatten(-3, (many, batch))
+                return original.index_copy(original.ndim - 4, index, new.unflatten(-3, (-1, batch))).flatten(-4, -3)
+
+            def all_rows(passage: Passage) -> Tensor:
+                return masked_output(self.components[name], self.sites[name], passage, mask, 0.0)
+
+            return all_rows if len(replaced) == many else some
+
+        logits = self._forward(tokens.repeat(many, 1), {name: rewrite(name) for name in names})
+        return logits.unflatten(0, (many, batch))
+
+    def hooks(self, masks: Mapping[str, Tensor], delta: float | Tensor = 0.0) -> list[Hook]:
+        """`run` as `(hook name, function)` pairs, for `model.run_with_hooks(tokens, fwd_hooks=…)` and `model.hooks(fwd_hooks=…)`.
+
+        Your own hooks win: a patch upstream of a site is seen by its subcomponents, one on the same point comes after.
+        """
+        return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta))
+
+    def run_with_cache(
+        self, tokens: Tensor | str | Sequence[str], masks: Mapping[str, Tensor] | None = None, delta: float | Tensor = 0.0, **options: Any
+    ) -> tuple[Tensor, ActivationCache]:
+        """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache.
+
+        Args:
+            masks: as in `run`; None leaves the model as it is.
+            options: `run_with_cache`'s own; a `names_filter` applies to the two names as well.
+        """
+        tokens = self.tokens(tokens)
+        inputs: dict[str, Tensor] = {}
+        replace = self._replacements(masks or {}, delta)
+
+        def both(name: str) -> Rewrite:
+            def rewrite(passage: Passage) -> Tensor | None:
+                inputs[name] = passage.x.detach()
+                return replace[name](passage) if name in replace else None
+
+            return rewrite
+
+        with self._attached({name: both(name) for name in self.sites}):
+            logits, cache = self.model.run_with_cache(tokens, **options)
+        with torch.no_grad():
+            inner, z = self.importance_logits(inputs)
+        wanted = _names_filter(options.get("names_filter"))
+        entries = cache.cache_dict if isinstance(cache, ActivationCache) else cache
+        for name in inputs:
+            for suffix, value in (("hook_spd_acts", inner[name]), ("hook_spd_ci", lower_leaky(z[name]))):
+                if wanted(f"{name}.{suffix}"):
+                    drop = options.get("remove_batch_dim", False) and value.shape[0] == 1
+                    entries[f"{name}.{suffix}"] = (value[0] if drop else value).detach()
+        return logits, cache
+
+    def ablate(self, chosen: Mapping[str, Sequence[int]], positions: Sequence[int] | None = None) -> list[Hook]:
+        """Hooks that take exactly these subcomponents out of the *original* model: `y - Σ_c (x·v_c)·u_c`.
+
+        Args:
+            chosen: site → indices of its subcomponents.
+            positions: of the sequence; None: everywhere.
+        """
+        self.check_chosen(chosen)
+
+        def without(name: str) -> Rewrite:
+            components, index = self.components[name], torch.tensor(list(chosen[name]), dtype=torch.long)
+
+            def rewrite(passage: Passage) -> Tensor:
+                inner = passage.source @ components.V[:, index]
+                if positions is not None:
+                    here = torch.zeros(inner.shape[-2], 1, dtype=inner.dtype, device=inner.device)
+                    here[list(positions)] = 1
+                    inner = inner * here
+                return passage.y - inner @ components.U[index]
+
+            return rewrite
+
+        return rewrite_hooks(self.model, self.sites, {name: without(name) for name in chosen})
+
+    # --- keeping ---
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `decomposition.json` and `decomposition.safetensors` into `folder`; see `spd_lens.storage`."""
+        from spd_lens.storage import save_decomposition
+
+        return save_decomposition(self, folder)
+
+    @staticmethod
+    def load(folder: str | Path, model: Any) -> "Decomposition":
+        """A saved decomposition of this `model`; nothing is unpickled."""
+        from spd_lens.storage import load_decomposition
+
+        return load_decomposition(folder, model)
+
+    # --- the rest ---
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for module in (*self.components.values(), *self.gates.values()) for p in module.parameters()]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every learned tensor by name: `<site>.V`, `<site>.U`, `<site>.importance.<parameter>`."""
+        state = {f"{name}.{key}": value for name, c in self.components.items() for key, value in c.state_dict().items()}
+        state |= {f"{name}.importance.{key}": value for name, g in self.gates.items() for key, value in g.state_dict().items()}
+        return state
+
+    def tokens(self, tokens: Tensor | str | Sequence[str]) -> Int[Tensor, "b s"]:
+        """Checked tokens on the model's device; text goes through the model's tokenizer."""
+        if isinstance(tokens, str) or (not isinstance(tokens, Tensor) and all(isinstance(t, str) for t in tokens)):
+            if getattr(self.model, "tokenizer", None) is None:
+                raise SPDError("text was given, but the model has no tokenizer; give token ids [b, s].")
+            tokens = self.model.to_tokens(tokens)
+        return check_tokens(self.model, tokens)
+
+    def check_chosen(self, chosen: Mapping[str, Sequence[int]]) -> None:
+        for name, indices in chosen.items():
+            self._check_site(name)
+            C = self.components[name].C
+            for index in indices:
+                if not 0 <= index < C:
+                    raise SPDError(f"{name}: subcomponent {index} was given; it has 0 … {C - 1}.")
+
+    def _check_site(self, name: str) -> None:
+        if name not in self.sites:
+            raise SPDError(f"{name!r} is not decomposed here; {nearest(name, self.sites)}.")
+
+    def _replacements(self, masks: Mapping[str, Tensor], delta: float | Tensor) -> dict[str, Rewrite]:
+        def replace(name: str) -> Rewrite:
+            self._check_site(name)
+            C, mask = self.components[name].C, masks[name]
+            if not isinstance(mask, Tensor) or (mask.ndim and mask.shape[-1] not in (1, C)) or mask.ndim > 3:
+                given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+                raise SPDError(f"{name}: the mask has {given}; it has to be a tensor that broadcasts to [b, s, {C}].")
+            return lambda passage: masked_output(self.components[name], self.sites[name], passage, mask, delta)
+
+        return {name: replace(name) for name in masks}
+
+    @contextmanager
+    def _attached(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
+        """The model with the rewrites on; on the way out everything is as it was, also after an exception."""
+        here, there = next(iter(self.components.values())).V.device, model_device(self.model)
+        if here != there:
+            raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
+                           "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+        hooks = rewrite_hooks(self.model, self.sites, rewrites)
+        try:
+            with self.model.hooks(fwd_hooks=hooks):
+                yield
+        finally:
+            disarm(hooks)
+
+    def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite]) -> Tensor:
+        reached = set()
+
+        def noting(name: str) -> Rewrite:
+            def rewrite(passage: Passage) -> Tensor | None:
+                reached.add(name)
+                return rewrites[name](passage)
+
+            return rewrite
+
+        with self._attached({name: noting(name) for name in rewrites}):
+            logits = self.model(tokens, return_type="logits")
+        for name in rewrites:
+            if name not in reached:
+                raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")
+        return logits
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{site.short} {self.components[name].C}" for name, site in self.sites.items())
+        return f"Decomposition of a {type(self.model).__name__} after {self.steps_done} steps; subcomponents: {counts}"
+
+
+def check_tokens(model: Any, tokens: Any) -> Int[Tensor, "b s"]:
+    """Tokens that the model can read, on its device; an error otherwise."""
+    if not isinstance(tokens, Tensor):
+        raise SPDError(f"tokens were given as {type(tokens).__name__}; give an integer tensor [b, s].")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise SPDError(f"tokens are {tokens.dtype}; token ids are integers. Use tokens.long() if they are whole numbers.")
+    if tokens.ndim != 2:
+        mend = "tokens[None]" if tokens.ndim == 1 else "tokens.flatten(0, -2)"
+        raise SPDError(f"tokens have shape {list(tokens.shape)}; give [b, s], e.g. {mend}.")
+    if tokens.numel() == 0:
+        raise SPDError(f"tokens are empty (shape {list(tokens.shape)}); give at least one sequence of one token.")
+    context, vocabulary = model.cfg.n_ctx, model.cfg.d_vocab
+    if tokens.shape[1] > context:
+        raise SPDError(f"tokens have {tokens.shape[1]} positions and the model's n_ctx is {context}; cut the sequences.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise SPDError(f"token ids run from {low} to {high}; the model's vocabulary is 0 … {vocabulary - 1}. Another tokenizer's?")
+    return tokens.to(model_device(model), torch.long)
+
+
+def _names_filter(names: Any) -> Any:
+    if names is None:
+        return lambda name: True
+    if callable(names):
+        return names
+    return (lambda name: name == names) if isinstance(names, str) else (lambda name: name in names)

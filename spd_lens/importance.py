@@ -1,0 +1,212 @@
+"""Causal importance: how much each subcomponent matters, position by position (arXiv 2511.08854, section 3).
+
+1. A site's input `x [b, s, d_in]` gives one logit `z [b, s, C]` per subcomponent, by one of three functions:
+   *scalar* an MLP on its own inner activation, *vector* an MLP on the whole input, *attention* an MLP on
+   `softmax((q_n·Kᵀ + r_n)/√d_k)·V ⊕ x_n`, which sees other positions.
+2. Two leaky hard sigmoids make importances of z: the lower-leaky one for masks, the upper-leaky one for minimality.
+
+The MLPs of C subcomponents are independent and their hidden layer is `[b, s, C, gate_width]`: the largest thing in a
+training step. `independent_mlps` is the readable form; `fast_independent_mlps` gives the same numbers and gradients but
+works through the rows in chunks that stay in cache, and recomputes the hidden layer instead of storing it.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LEAK = 0.01
+CHUNK = 1 << 19  # hidden activations worked on at once: 2 MiB of float32, about what a core holds in its cache
+
+
+class _LowerLeaky(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.clamp(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        below = LEAK * gradient.clamp(max=0)
+        return torch.where(z <= 0, below, torch.where(z > 1, 0.0, gradient))
+
+
+def lower_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`clamp(z, 0, 1)`. Gradient 1 inside, 0 above 1; at or below 0, 0.01 of the incoming one where it would raise z."""
+    return _LowerLeaky.apply(z)
+
+
+def upper_leaky(z: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`clamp(z, 0, 1)` up to 1 and `1 + 0.01·(z-1)` above, so that a saturated importance can still come down."""
+    return torch.where(z > 1, 1 + LEAK * (z - 1), z.clamp(0, 1))
+
+
+def independent_mlps(
+    x: Float[Tensor, "N d"], w1: Float[Tensor, "d C H"], b1: Float[Tensor, "C H"], w2: Float[Tensor, "C H"], b2: Float[Tensor, " C"]
+) -> Float[Tensor, "N C"]:
+    """`z_c = w2_c · GELU(x·w1_c + b1_c) + b2_c`, stated plainly."""
+    hidden = F.gelu(torch.einsum("nd,dch->nch", x, w1) + b1)
+    return (hidden * w2).sum(-1) + b2
+
+
+class _ChunkedMLPs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, w2, b2):
+        C, H = w2.shape
+        flat, bias = w1.flatten(1), b1.flatten()
+        z = x.new_empty(len(x), C)
+        for rows in _chunks(len(x), C * H):
+            hidden = F.gelu(torch.addmm(bias, x[rows], flat)).view(-1, C, H)
+            torch.sum(hidden.mul_(w2), -1, out=z[rows])
+        ctx.save_for_backward(x, w1, b1, w2)
+        return z.add_(b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, w1, b1, w2 = ctx.saved_tensors
+        C, H = w2.shape
+        flat, bias = w1.flatten(1), b1.flatten()
+        dx, dflat, dbias, dw2 = torch.empty_like(x), torch.zeros_like(flat), torch.zeros_like(bias), torch.zeros_like(w2)
+        for rows in _chunks(len(x), C * H):
+            part, dz = x[rows], gradient[rows]
+            before = torch.addmm(bias, part, flat)
+            dw2 += F.gelu(before).view(-1, C, H).mul_(dz[..., None]).sum(0)
+            dbefore = torch.ops.aten.gelu_backward((dz[..., None] * w2).flatten(1), before)
+            dbias += dbefore.sum(0)
+            dflat.addmm_(part.T, dbefore)
+            torch.mm(dbefore, flat.T, out=dx[rows])
+        return dx, dflat.view_as(w1), dbias.view_as(b1), dw2, gradient.sum(0)
+
+
+def _chunks(rows: int, width: int) -> list[slice]:
+    size = max(16, CHUNK // width)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def fast_independent_mlps(
+    x: Float[Tensor, "N d"], w1: Float[Tensor, "d C H"], b1: Float[Tensor, "C H"], w2: Float[Tensor, "C H"], b2: Float[Tensor, " C"]
+) -> Float[Tensor, "N C"]:
+    """`independent_mlps`, in chunks of rows and with the hidden layer recomputed in the backward pass."""
+    return _ChunkedMLPs.apply(x, w1, b1, w2, b2)
+
+
+class Importance(nn.Module):
+    """Logits of causal importance from a site's input. Abstract: see the three below."""
+
+    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
+        raise TypeError(f"{type(self).__name__} has to define forward")
+
+
+def _gaussian(*shape: int, scale: float, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(scale * torch.randn(*shape, generator=generator, device=generator.device))
+
+
+class _MLPs(nn.Module):
+    """The independent MLPs' parameters; `d` inputs each."""
+
+    def __init__(self, d: int, C: int, width: int, bias: float, generator: torch.Generator):
+        super().__init__()
+        self.w1 = _gaussian(d, C, width, scale=d**-0.5, generator=generator)
+        self.b1 = nn.Parameter(torch.zeros(C, width, device=generator.device))
+        self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
+        self.b2 = nn.Parameter(torch.full((C,), bias, device=generator.device))
+
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch C"]:
+        z = fast_independent_mlps(x.reshape(-1, x.shape[-1]), self.w1, self.b1, self.w2, self.b2)
+        return z.view(*x.shape[:-1], -1)
+
+
+class ScalarImportance(Importance):
+    """An MLP per subcomponent on its inner activation `v_c·x_n` (arXiv 2506.20790, section 2.3)."""
+
+    def __init__(self, scale: Float[Tensor, " C"], width: int, bias: float, generator: torch.Generator):
+        super().__init__()
+        C = len(scale)
+        self.register_buffer("scale", scale)
+        self.w1 = _gaussian(C, width, scale=1.0, generator=generator)
+        self.b1 = _gaussian(C, width, scale=1.0, generator=generator)
+        self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
+        self.b2 = nn.Parameter(torch.full((C,), bias, device=generator.device))
+
+    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
+        hidden = F.gelu((inner / self.scale)[..., None] * self.w1 + self.b1)
+        return (hidden * self.w2).sum(-1) + self.b2
+
+
+class VectorImportance(Importance):
+    """An MLP per subcomponent on the site's whole input."""
+
+    def __init__(self, d_in: int, C: int, scale: Float[Tensor, ""], width: int, bias: float, generator: torch.Generator):
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.mlps = _MLPs(d_in, C, width, bias, generator)
+
+    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
+        return self.mlps(x / self.scale)
+
+
+class AttentionImportance(Importance):
+    """One attention head before the MLPs (arXiv 2511.08854, section 3), since the same token elsewhere has another role.
+
+    The head has only Q, K and V; a learned relative positional bias on its scores; learned absolute encodings on its
+    values; its output is concatenated with the input.
+
+    Args:
+        context: positions that the learned encodings reach; farther ones share the last entry.
+        causal: False where the model itself attends both ways.
+    """
+
+    def __init__(
+        self, d_in: int, C: int, scale: Float[Tensor, ""], width: int, bias: float, generator: torch.Generator,
+        context: int, causal: bool = True, decay: float = 0.3,
+    ):  # fmt: skip
+        super().__init__()
+        self.context, self.causal = context, causal
+        self.register_buffer("scale", scale)
+        self.W_Q, self.W_K, self.W_V = (_gaussian(d_in, width, scale=d_in**-0.5, generator=generator) for _ in range(3))
+        distance = torch.arange(context if causal else 2 * context - 1, dtype=torch.float32, device=generator.device)
+        distance = distance if causal else (distance - (context - 1)).abs()
+        self.relative = nn.Parameter(-decay * width**0.5 * distance)  # r: divided by √d_k with the scores
+        self.absolute = _gaussian(context, width, scale=0.1, generator=generator)
+        self.mlps = _MLPs(width + d_in, C, width, bias, generator)
+
+    def scores_bias(self, length: int) -> Float[Tensor, "s s"]:
+        """r_n over √d_k, and minus infinity where position n may not look."""
+        at = torch.arange(length, device=self.relative.device)
+        distance = at[:, None] - at[None, :]
+        if self.causal:
+            bias = self.relative[distance.clamp(0, self.context - 1)]
+        else:
+            bias = self.relative[distance.clamp(1 - self.context, self.context - 1) + self.context - 1]
+        bias = bias / self.W_Q.shape[1] ** 0.5
+        return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
+
+    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
+        x = x / self.scale
+        length = x.shape[1]
+        encoding = self.absolute[torch.arange(length, device=x.device).clamp(max=self.context - 1)]
+        q, k, v = x @ self.W_Q, x @ self.W_K, x @ self.W_V + encoding
+        seen = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=self.scores_bias(length))
+        return self.mlps(torch.cat([seen[:, 0], x], -1))
+
+
+def build_importance(
+    kind: str, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], width: int, bias: float, decay: float,
+    context: int, causal: bool, generator: torch.Generator,
+) -> Importance:  # fmt: skip
+    """The importance function of one site; `x` and `inner` of some data set the scale of its inputs, once and for all."""
+    rms = x.square().mean().sqrt().clamp_min(1e-6)
+    d_in, C = x.shape[-1], inner.shape[-1]
+    match kind:
+        case "scalar":
+            per_component = inner.square().mean((0, 1)).sqrt()
+            importance = ScalarImportance(per_component.clamp_min(1e-6), width, bias, generator)
+        case "vector":
+            importance = VectorImportance(d_in, C, rms, width, bias, generator)
+        case _:
+            importance = AttentionImportance(d_in, C, rms, width, bias, generator, context, causal, decay)
+    return importance.to(x.dtype)

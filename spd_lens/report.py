@@ -1,0 +1,102 @@
+"""Results → one page that opens offline: nothing is requested, everything is inside."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+from plotly.offline import get_plotlyjs
+
+from spd_lens import viz
+from spd_lens.metrics import CHEAT, Verification
+from spd_lens.tasks.induction import PAPER, Outcome
+
+STYLE = """
+:root { color-scheme: light; }
+body { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif; margin: 0 auto; max-width: 1080px; padding: 24px;
+  color: #1f2328; line-height: 1.5; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d8dee4; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #57606a; }
+.scroll { overflow-x: auto; } .note { color: #57606a; } .warn { border-left: 4px solid #D55E00; padding: .4rem .8rem; background: #fff4ec; }
+"""
+
+
+def page(title: str, lead: str, sections: Sequence[tuple[str, str, Any]]) -> str:
+    """One self-contained page: no request leaves it.
+
+    Args:
+        title, lead: plain text.
+        sections: (heading, explanation, a plotly figure, a DataFrame, or None); texts are escaped here.
+    """
+    parts = []
+    for number, (heading, explanation, content) in enumerate(sections):
+        shown = ""
+        if isinstance(content, go.Figure):
+            shown = plotly.io.to_html(content, include_plotlyjs=False, full_html=False, div_id=f"figure-{number}",
+                                      config={"displaylogo": False, "responsive": True})  # fmt: skip
+        elif isinstance(content, pd.DataFrame):
+            shown = f'<div class="scroll">{content.to_html(border=0, escape=True)}</div>'
+        kind = "warn" if heading.startswith("Warning") else "note"
+        parts.append(f'<section><h2>{escape(heading)}</h2><p class="{kind}">{escape(explanation)}</p>{shown}</section>')
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head>"
+        f"<body><h1>{escape(title)}</h1><p>{escape(lead)}</p>{''.join(parts)}</body></html>"
+    )
+
+
+def induction_page(outcome: Outcome) -> str:
+    """The report of `spd-lens induction`."""
+    verification, config = outcome.verification, outcome.decomposition.config
+    sections: list[tuple[str, str, Any]] = [
+        (
+            "The circuit",
+            "Sequences of 64 random tokens hold the token s twice; at the second one (s2) the model has to say m, the token that followed "
+            "the first (s1). Boxes: subcomponents active (g > 0.5) in at least half of the sequences at that position, by index. Arrows: "
+            "mean attention when every inactive subcomponent is cut. Hover a box for the accuracy after cutting its subcomponents out of "
+            "the original model.",
+            outcome.picture(viz.positional_attention_circuit),
+        ),
+        (
+            "Active subcomponents beside the paper's",
+            "Mean number of subcomponents with g > 0.5 at each position, and how many distinct ones are ever active in "
+            f"{len(outcome.sequences.tokens):,} sequences; in brackets the figures of arXiv 2511.08854, Table 1. Read the count only "
+            "together with the checks below it.",
+            outcome.beside_paper(),
+        ),
+        (
+            "Can the count be trusted?",
+            "KL(original ‖ masked) in nats at the last position, without the delta. Hard keeps exactly the active subcomponents; alive-only "
+            "keeps the ever-active ones everywhere; the adversary gives each inactive one its worst value. "
+            f"Accuracy with hard masks: {outcome.accuracy_hard:.4f} (the target's own: {outcome.target_accuracy:.4f}).",
+            outcome.verification_table(),
+        ),
+        (
+            "Cutting it out",
+            "Accuracy of the original model after its active subcomponents of one site, and only those, are taken out of the weights.",
+            pd.DataFrame({"accuracy when cut": outcome.ablated}).rename_axis("site").round(4),
+        ),
+        ("By position", "The census as bars.", viz.census_bars(outcome.mean_active, PAPER, ("s1", "m", "s2", "random"))),
+        (
+            "One sequence",
+            "Every subcomponent that is ever active in this sequence. s is the special token.",
+            viz.importance_heatmap(outcome.example_importances, outcome.example_labels, outcome.short_names),
+        ),
+        ("Training", "Unweighted losses and active subcomponents.", viz.training_curves(outcome.decomposition.history)),
+        ("Settings", "Everything that made this run.", pd.DataFrame({"value": {k: str(v) for k, v in config.to_json().items()}})),
+    ]
+    if warning := cheat_warning(verification):
+        sections.insert(0, ("Warning: this count is a cheat", warning, None))
+    lead = (
+        f"Seed {outcome.seed}: {outcome.distinct['total']} distinct subcomponents ({outcome.distinct['total_without_s_first']} without the "
+        f"sequences that begin with s), hard-mask accuracy {outcome.accuracy_hard:.4f}, {outcome.seconds:.0f} s in all."
+    )
+    return page("The induction circuit in rank-one subcomponents", lead, sections)
+
+
+def cheat_warning(verification: Verification) -> str | None:
+    return CHEAT if verification.leans_on_inactive else None

@@ -1,0 +1,455 @@
+"""Where a weight matrix is, what it reads, what it writes: the only file that knows TransformerLens' classes.
+
+1. `find_sites` lists the matrices by TransformerLens' own names (`blocks.0.attn.W_Q`, …), heads flattened.
+2. `rewrite_hooks` turns `{site name: rewrite}` into ordinary `(hook name, function)` pairs. A rewrite sees what passes
+   through its site and may return another output.
+3. The pairs follow one rule: *capture last, override first*. At the entry of a block its hooks are put in that order, so
+   a person's patch upstream of a site is seen by the site, and a hook of theirs on the same point is applied after ours.
+
+A site's input is not at a hook in every case (HookedTransformer adds LayerNorm's weights and shortformer positions
+inside the block). There a one-shot torch pre-hook on the attention or MLP module, armed at the entry of the block, takes it.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
+
+from spd_lens.errors import SPDError, nearest
+
+try:
+    from transformer_lens import HookedTransformer
+except ImportError:  # transformer-lens 4.x has TransformerBridge alone
+    HookedTransformer = None
+
+ATTENTION = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o"}
+MLP = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
+
+Hook = tuple[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One weight matrix that can be decomposed.
+
+    Attributes:
+        name: TransformerLens' own name, e.g. `blocks.0.attn.W_Q`, whichever class the model is.
+        weight: `[d_in, d_out]`, heads flattened (`W_Q`: d_out = head·d_head; `W_O`: d_in = head·d_head); detached.
+        bias: `[d_out]`, or None where the model has none. Biases are not decomposed.
+        heads: how many heads the matrix has of its own (grouped keys and values: fewer than queries); 1 in an MLP.
+    """
+
+    name: str
+    weight: Float[Tensor, "d_in d_out"]
+    bias: Float[Tensor, " d_out"] | None
+    heads: int
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def layer(self) -> int:
+        return int(self.name.split(".")[1])
+
+    @property
+    def kind(self) -> str:
+        """`W_Q`, `W_K`, `W_V`, `W_O`, `W_in`, `W_gate` or `W_out`."""
+        return self.name.rsplit(".", 1)[1]
+
+    @property
+    def short(self) -> str:
+        """Letter(s) and layer as the papers write it: `Q0`, `out3`."""
+        return f"{self.kind[2:]}{self.layer}"
+
+    def __repr__(self) -> str:
+        return f"Site({self.name}: {self.d_in} → {self.d_out}{'' if self.bias is None else ', biased'})"
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """What passes through a site in one forward pass, handed to a rewrite.
+
+    Attributes:
+        x: `[b, s, d_in]`, what the matrix reads.
+        y: the original output, with `bias` in it: `[b, s, d_out]`, or `[head, b, s, d_out]` where heads go apart.
+        bias: what a replacement of `y` has to add; None where the model adds the bias later or has none.
+        by_head: `[head, b, s, d_in]` where each head reads (`use_split_qkv_input`) or writes (`use_attn_result`) alone.
+    """
+
+    x: Float[Tensor, "b s d_in"]
+    y: Tensor
+    bias: Float[Tensor, " d_out"] | None
+    by_head: Float[Tensor, "head b s d_in"] | None = None
+
+    @property
+    def source(self) -> Tensor:
+        """What a linear map that is to replace the matrix should be applied to: `[b, s, d_in]` or `[head, b, s, d_in]`."""
+        return self.x if self.by_head is None else self.by_head
+
+    def biased(self, output: Tensor) -> Tensor:
+        return output if self.bias is None else output + self.bias
+
+
+Rewrite = Callable[[Passage], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Wire:
+    """How one site is reached today (a model's flags may change between two calls)."""
+
+    site: Site
+    entry: str  # a hook that fires first in the block
+    read: str | tuple[nn.Module, str | int]  # a hook name, or a module and which of its arguments
+    write: str
+    bias_in_output: bool = True
+    norm: Callable[[Tensor], Tensor] | None = None  # Bridge forks the heads before LayerNorm, and no hook follows it
+    result_by_head: bool = False
+
+
+def model_is_supported(model: Any) -> bool:
+    return isinstance(model, TransformerBridge) or (HookedTransformer is not None and isinstance(model, HookedTransformer))
+
+
+def _layout(model: Any) -> "_HookedTransformerLayout | _BridgeLayout":
+    if isinstance(model, TransformerBridge):
+        return _BridgeLayout(model)
+    if model_is_supported(model):
+        return _HookedTransformerLayout(model)
+    raise SPDError(
+        f"a {type(model).__name__} was given as the model; spd_lens opens a HookedTransformer (transformer-lens 3.9) or a "
+        "TransformerBridge. Wrap a Hugging Face model with TransformerBridge.boot_transformers(…)."
+    )
+
+
+def is_causal(model: Any) -> bool:
+    return getattr(model.cfg, "attention_dir", "causal") != "bidirectional"
+
+
+def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Site]:
+    """The weight matrices whose names match any of the glob `patterns`, in the model's order.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`.
+        patterns: e.g. `"blocks.*.attn.W_[QKV]"`, or several of them.
+
+    Returns:
+        `{name: Site}`.
+
+    Raises:
+        SPDError: no site matches a pattern (the nearest names are listed), a pattern means a bias, or a matching matrix
+            cannot be served (the site and the reason are named).
+    """
+    layout = _layout(model)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    available = layout.names()
+    if not patterns:
+        raise SPDError(f"no pattern was given; {nearest('', available)}")
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in available):
+            continue
+        biases = [name.replace(".W_", ".b_") for name in available]
+        if any(fnmatchcase(name, pattern) for name in biases):
+            raise SPDError(f"{pattern!r} names a bias; only weight matrices are decomposed, biases stay as they are. "
+                           f"Use {pattern.replace('b_', 'W_')!r} for the matrix.")  # fmt: skip
+        raise SPDError(f"no site matches {pattern!r}; {nearest(pattern.replace('*', '0'), available)}")
+    chosen = [name for name in available if any(fnmatchcase(name, p) for p in patterns)]
+    for name in chosen:
+        if reason := layout.refusal(name):
+            raise SPDError(f"{name} cannot be decomposed: {reason}")
+    return {name: layout.site(name) for name in chosen}
+
+
+def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite]) -> list[Hook]:
+    """`(hook name, function)` pairs for `fwd_hooks=` and `model.hooks(...)` which apply each site's rewrite.
+
+    Args:
+        model: the model that `sites` were found in.
+        sites: from `find_sites`.
+        rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
+            leave the output as it is.
+    """
+    layout = _layout(model)
+    pairs: list[Hook] = []
+    blocks: dict[str, list[_Visit]] = {}
+    for name, rewrite in rewrites.items():
+        wire = layout.wire(sites[name])
+        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite))
+    hook_points = model.hook_dict
+    for entry, visits in blocks.items():
+        points = {name: hook_points[name] for visit in visits for name in visit.hook_names}
+        pairs.append((entry, _Arrive(visits, points)))
+        for visit in visits:
+            if isinstance(visit.wire.read, str):
+                pairs.append((visit.wire.read, _Capture(visit)))
+            pairs.append((visit.wire.write, _Override(visit)))
+    return pairs
+
+
+@dataclass(eq=False)
+class _Visit:
+    """One site during one forward pass: what was read, until it is used."""
+
+    wire: _Wire
+    rewrite: Rewrite
+    read: Tensor | None = None
+    armed: Any = None
+
+    @property
+    def hook_names(self) -> list[str]:
+        read = self.wire.read
+        return [read, self.wire.write] if isinstance(read, str) else [self.wire.write]
+
+    def disarm(self) -> None:
+        if self.armed is not None:
+            self.armed.remove()
+        self.read = self.armed = None
+
+    def arm(self) -> None:
+        """Take the module's argument at its next call, once, after every other pre-hook."""
+        self.disarm()
+        if isinstance(self.wire.read, str):
+            return
+        module, argument = self.wire.read
+
+        def take(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.disarm()
+            self.read = kwargs[argument] if isinstance(argument, str) else args[argument]
+
+        self.armed = module.register_forward_pre_hook(take, with_kwargs=True)
+
+    def passage(self, output: Tensor) -> Passage:
+        wire, site = self.wire, self.wire.site
+        if self.read is None:
+            raise SPDError(f"{site.name}: its output was computed before its input was seen; this model does not run the "
+                           "block as TransformerLens describes it, so the site cannot be decomposed.")  # fmt: skip
+        read, self.read = self.read, None
+        bias = site.bias if wire.bias_in_output and not wire.result_by_head else None
+        if wire.result_by_head:
+            x = read.flatten(2)
+            apart = torch.eye(site.heads, dtype=x.dtype, device=x.device)
+            by_head = torch.einsum("bshd,gh->gbshd", x.unflatten(-1, (site.heads, -1)), apart).flatten(3)
+            return Passage(x, rearrange(output, "b s h d -> h b s d"), None, by_head)
+        if site.kind in ("W_Q", "W_K", "W_V") and read.ndim == 4:
+            if wire.norm is not None:
+                read = wire.norm(read)
+            by_head = rearrange(read[:, :, : site.heads], "b s h d -> h b s d")
+            y = output.flatten(2).expand(site.heads, -1, -1, -1)
+            return Passage(by_head.mean(0), y, bias, by_head)
+        return Passage(read.flatten(2), output.flatten(2), bias)
+
+    def back(self, passage: Passage, new: Tensor, output: Tensor) -> Tensor:
+        """`new` in the shape that the hook carries."""
+        if self.wire.result_by_head:
+            return rearrange(new, "h b s d -> b s h d")
+        if passage.by_head is not None:  # head h of the output, computed from head h of the input
+            own = new.unflatten(-1, (self.wire.site.heads, -1)).diagonal(dim1=0, dim2=3)
+            return rearrange(own, "b s d h -> b s h d").reshape(output.shape)
+        return new.reshape(output.shape)
+
+
+class _Capture:
+    def __init__(self, visit: _Visit):
+        self.visit = visit
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        self.visit.read = tensor
+
+
+class _Override:
+    def __init__(self, visit: _Visit):
+        self.visit = visit
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        if getattr(hook, "_target", None) is not None and hook.name != hook._target.name:
+            return None  # compatibility mode calls a hook once per alias of its point
+        passage = self.visit.passage(tensor)
+        new = self.visit.rewrite(passage)
+        return None if new is None else self.visit.back(passage, new, tensor)
+
+
+class _Arrive:
+    """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
+
+    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
+        self.visits, self.points = visits, points
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        for visit in self.visits:
+            visit.arm()
+        for point in self.points.values():
+            order = point._forward_hooks
+            own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
+            for key, function in reversed(own):
+                if isinstance(function, _Override) and key in order:
+                    order.move_to_end(key, last=False)
+            for key, function in own:
+                if isinstance(function, _Capture) and key in order:
+                    order.move_to_end(key)
+
+
+def disarm(hooks: Iterable[Hook]) -> None:
+    """Take back the one-shot pre-hooks of a forward pass that was broken off between a block's entry and its attention."""
+    for _, function in hooks:
+        if isinstance(function, _Arrive):
+            for visit in function.visits:
+                visit.disarm()
+
+
+@dataclass
+class _HookedTransformerLayout:
+    model: Any
+    _known: tuple[str, ...] = field(default=("MLP", "GatedMLP"), init=False)
+
+    def names(self) -> list[str]:
+        names = []
+        for layer, block in enumerate(self.model.blocks):
+            names += [f"blocks.{layer}.attn.{matrix}" for matrix in ATTENTION]
+            if hasattr(block, "mlp"):
+                mlp = block.mlp
+                names += [f"blocks.{layer}.mlp.{m}" for m in MLP if hasattr(mlp, m) or type(mlp).__name__ not in self._known]
+        return names
+
+    def refusal(self, name: str) -> str | None:
+        cfg, kind = self.model.cfg, name.rsplit(".", 1)[1]
+        block = self.model.blocks[int(name.split(".")[1])]
+        advice = "Load the model as a TransformerBridge instead."
+        if getattr(cfg, "load_in_4bit", False):
+            return "the weights are quantised to 4 bits. Load the model in float32."
+        if ".mlp." in name and type(block.mlp).__name__ not in self._known:
+            return f"its MLP is a {type(block.mlp).__name__}, whose experts have no hooks of their own. Leave the MLP sites out."
+        if kind == "W_gate" and not hasattr(block.mlp, "W_gate"):
+            return "this MLP has no gate."
+        if kind in ("W_O", "W_out") and getattr(cfg, "use_normalization_before_and_after", False):
+            return f"HookedTransformer normalises its output before the hook (use_normalization_before_and_after). {advice}"
+        if kind in ("W_O", "W_out") and getattr(cfg, "original_architecture", None) in ("Olmo2ForCausalLM", "Olmo3ForCausalLM"):
+            return f"HookedTransformer normalises its output before the hook ({cfg.original_architecture}). {advice}"
+        return None
+
+    def site(self, name: str) -> Site:
+        _, layer, part, kind = name.split(".")
+        module = getattr(self.model.blocks[int(layer)], part)
+        own = f"_{kind}" if f"_{kind}" in module._parameters else kind  # grouped keys and values: the unexpanded parameter
+        weight = getattr(module, own).detach()
+        bias = getattr(module, own.replace("W_", "b_"), None)
+        return _flattened(name, weight, bias)
+
+    def wire(self, site: Site) -> _Wire:
+        base, cfg = f"blocks.{site.layer}", self.model.cfg
+        block = self.model.blocks[site.layer]
+        entry = f"{base}.hook_resid_pre"
+        gated = hasattr(block, "mlp") and hasattr(block.mlp, "W_gate")
+        match site.kind:
+            case "W_Q" | "W_K" | "W_V":
+                argument = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}[site.kind]
+                return _Wire(site, entry, (block.attn, argument), f"{base}.attn.hook_{ATTENTION[site.kind]}")
+            case "W_O" if cfg.use_attn_result:
+                return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.attn.hook_result", result_by_head=True)
+            case "W_O":
+                return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.hook_attn_out")
+            case "W_out":
+                return _Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out")
+            case "W_in" if gated:  # b_in is added later, on the way to hook_post
+                return _Wire(site, entry, (block.mlp, 0), f"{base}.mlp.hook_pre_linear", bias_in_output=False)
+            case _:
+                return _Wire(site, entry, (block.mlp, 0), f"{base}.mlp.hook_pre")
+
+
+@dataclass
+class _BridgeLayout:
+    model: Any
+
+    def names(self) -> list[str]:
+        names = []
+        for layer, block in enumerate(self.model.blocks):
+            if hasattr(block, "attn"):
+                names += [f"blocks.{layer}.attn.{matrix}" for matrix in ATTENTION]
+            if hasattr(block, "mlp"):
+                names += [f"blocks.{layer}.mlp.{m}" for m, part in MLP.items() if m != "W_gate" or self._part(block.mlp, part)]
+        return names
+
+    @staticmethod
+    def _part(module: nn.Module, part: str) -> nn.Module | None:
+        return module._modules.get(part)
+
+    def refusal(self, name: str) -> str | None:
+        _, layer, part, kind = name.split(".")
+        module = getattr(self.model.blocks[int(layer)], part)
+        child = {**ATTENTION, **MLP}[kind]
+        if self._part(module, child) is None:
+            return f"this model's {part} ({type(module).__name__}) has no separate {child} projection. Leave the site out."
+        try:
+            weight = getattr(module, kind)
+        except Exception as error:  # quantised or offloaded weights: TransformerLens says which
+            return f"TransformerLens cannot read its weight ({error})."
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            return "its weight is no plain floating-point matrix (quantised?). Load the model in float32."
+        if weight.is_meta:
+            return "its weight is on no device (offloaded). Load the model without a device_map."
+        return None
+
+    def site(self, name: str) -> Site:
+        _, layer, part, kind = name.split(".")
+        module = getattr(self.model.blocks[int(layer)], part)
+        return _flattened(name, getattr(module, kind).detach(), getattr(module, kind.replace("W_", "b_"), None))
+
+    def wire(self, site: Site) -> _Wire:
+        base, cfg = f"blocks.{site.layer}", self.model.cfg
+        block = self.model.blocks[site.layer]
+        entry = f"{base}.hook_in"
+        part = {**ATTENTION, **MLP}[site.kind]
+        if site.kind in MLP:
+            functional = getattr(block.mlp, "_use_processed_weights", False) and "gate" in block.mlp._modules
+            read = f"{base}.mlp.hook_in" if functional and site.kind != "W_out" else f"{base}.mlp.{part}.hook_in"
+            return _Wire(site, entry, read, f"{base}.mlp.{part}.hook_out")
+        if site.kind == "W_O":
+            if getattr(cfg, "use_attn_result", False):
+                return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.hook_result", result_by_head=True)
+            return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.o.hook_out")
+        write = f"{base}.attn.{part}.hook_out"
+        split, shared = getattr(cfg, "use_split_qkv_input", False), getattr(cfg, "use_attn_in", False)
+        if not (split or shared):
+            return _Wire(site, entry, f"{base}.attn.{part}.hook_in", write)
+        read = f"{base}.attn.hook_{part}_input" if split else f"{base}.attn.hook_attn_in"
+
+        def norm(x: Tensor) -> Tensor:  # TransformerBridge applies ln1 after the fork where it forked before it
+            return block.attn._apply_ln1_per_head(x) if block.attn._captured_pre_ln_residual is not None else x
+
+        return _Wire(site, entry, read, write, norm=norm)
+
+
+def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:
+    """Heads next to their own axis: `W_Q [h, d, dh] → [d, h·dh]`, `W_O [h, dh, d] → [h·dh, d]`."""
+    heads = weight.shape[0] if weight.ndim == 3 else 1
+    if weight.ndim == 3:
+        weight = rearrange(weight, "h dh d -> (h dh) d" if name.endswith("W_O") else "h d dh -> d (h dh)")
+    return Site(name, weight, None if bias is None else bias.detach().flatten(), heads)
+
+
+def model_device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """The model without gradients of its own; given back as it was."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

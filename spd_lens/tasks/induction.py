@@ -1,0 +1,296 @@
+"""The induction toy of arXiv 2511.08854, section 4: data, target model, known answer.
+
+1. Data: 64 uniform random tokens; the special token s at a random position (s1) and again at the last (s2). At s2 the model has
+   to say m, the token that followed the first s.
+2. Target: 2 attention-only layers of 1 head, d_model = d_head = 16, no LayerNorm, no biases, shortformer positions (learned
+   vectors that enter the inputs of W_Q and W_K only).
+3. Answer: layer 0 lets m attend to s1, so m learns "I follow s" (Q0, K0, V0); layer 1 lets s2 find it and copies m (Q1, K1, V1).
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from spd_lens import masks
+from spd_lens.config import SPDConfig
+from spd_lens.decomposition import Decomposition
+from spd_lens.errors import SPDError
+from spd_lens.metrics import LABELS, Verification, census, verify
+from spd_lens.storage import read_tensors, write_tensors
+
+try:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+except ImportError:  # transformer-lens 4.x
+    HookedTransformer = HookedTransformerConfig = None
+
+VOCABULARY, SPECIAL, CONTEXT, WIDTH, LAYERS = 128, 127, 64, 16, 2
+SITES = ("blocks.*.attn.W_[QKV]",)
+ENOUGH = 0.996  # accuracy of a target worth decomposing
+
+PAPER = {  # arXiv 2511.08854, Table 1: mean active at s1, m, s2 and a random position; distinct ones ever active
+    "Q0": {"s1": 0.000, "m": 1.000, "s2": 0.000, "random": 0.001, "distinct": 1},
+    "K0": {"s1": 1.000, "m": 0.050, "s2": 0.000, "random": 0.183, "distinct": 1},
+    "V0": {"s1": 1.000, "m": 0.000, "s2": 0.000, "random": 0.000, "distinct": 1},
+    "Q1": {"s1": 0.000, "m": 0.000, "s2": 1.000, "random": 0.000, "distinct": 1},
+    "K1": {"s1": 0.000, "m": 1.000, "s2": 0.000, "random": 0.000, "distinct": 1},
+    "V1": {"s1": 0.000, "m": 5.053, "s2": 0.000, "random": 0.000, "distinct": 11},
+}
+OWN_POSITION = {"Q0": "m", "K0": "s1", "V0": "s1", "Q1": "s2", "K1": "m", "V1": "m"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Sequences and where to look in them.
+
+    Attributes:
+        tokens: `[N, 64]`.
+        positions: `s1`, `m`, `s2`, and `random` (any other), each `[N]`.
+        answers: `[N]`, the token to be predicted at s2.
+    """
+
+    tokens: Int[Tensor, "N s"]
+    positions: dict[str, Int[Tensor, " N"]]
+    answers: Int[Tensor, " N"]
+
+    @property
+    def s_first(self) -> Tensor:
+        """Sequences that begin with s: there s can attend to itself alone, and layer 1's idle gates fire."""
+        return self.positions["s1"] == 0
+
+    def select(self, rows: Tensor) -> "Sequences":
+        return Sequences(self.tokens[rows], {k: v[rows] for k, v in self.positions.items()}, self.answers[rows])
+
+
+def sequences(many: int, generator: torch.Generator) -> Sequences:
+    tokens = torch.randint(SPECIAL, (many, CONTEXT), generator=generator)
+    rows = torch.arange(many)
+    s1 = torch.randint(CONTEXT - 2, (many,), generator=generator)
+    tokens[rows, s1] = SPECIAL
+    tokens[:, -1] = SPECIAL
+    others = torch.rand(many, CONTEXT, generator=generator)
+    for taken in (s1, s1 + 1, torch.full_like(s1, CONTEXT - 1)):
+        others[rows, taken] = -1.0
+    positions = {"s1": s1, "m": s1 + 1, "s2": torch.full_like(s1, CONTEXT - 1), "random": others.argmax(1)}
+    return Sequences(tokens, positions, tokens[rows, s1 + 1])
+
+
+def batches(size: int, seed: int) -> Iterator[Int[Tensor, "b s"]]:
+    """Endless fresh data, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield sequences(size, generator).tokens
+
+
+def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
+    """The untrained target: a `HookedTransformer`, or (always on transformer-lens 4.x) a native `TransformerBridge`."""
+    shape: dict[str, Any] = dict(n_layers=LAYERS, d_model=WIDTH, n_heads=1, d_head=WIDTH, d_vocab=VOCABULARY, n_ctx=CONTEXT,
+                                 attn_only=True, normalization_type=None)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not bridge:
+            model = HookedTransformer(HookedTransformerConfig(**shape, positional_embedding_type="shortformer", seed=None))
+        else:
+            from transformer_lens.config import TransformerBridgeConfig
+
+            model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape, architecture="TransformerLensNative"))
+            _give_shortformer_positions(model)
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            own_positions = bridge and "pos" in name and "shortformer" not in name
+            with torch.no_grad():
+                if name.split(".")[-1].startswith("b") or own_positions:  # no biases in this model
+                    parameter.zero_().requires_grad_(False)
+                else:
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def _give_shortformer_positions(model: Any) -> None:
+    """TransformerBridge has no shortformer positions: zero its own, and add learned ones to what W_Q and W_K read."""
+    positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH))
+    model.original_model.register_parameter("shortformer_positions", positions)
+
+    def add(x: Tensor, hook: Any) -> Tensor:
+        return x + positions[: x.shape[1]]
+
+    for layer in range(LAYERS):
+        for part in ("q", "k"):
+            model.hook_dict[f"blocks.{layer}.attn.{part}.hook_in"].add_perma_hook(add)
+
+
+def train_target(seed: int = 0, steps: int = 500, bridge: bool = HookedTransformer is None) -> Any:
+    """A target of at least 99.6 % accuracy, in under a minute.
+
+    Raises:
+        SPDError: it did not reach that in three times `steps`.
+    """
+    model = build_target(seed, bridge)
+    generator = torch.Generator().manual_seed(seed + 1)
+    learned = [p for p in model.parameters() if p.requires_grad]
+    for _attempt in range(3):
+        optimiser = torch.optim.AdamW(learned, lr=5e-3)
+        warm = min(200, steps // 2)
+        for step in range(steps):
+            rate = step / warm if step < warm else 0.5 * (1 + torch.cos(torch.tensor((step - warm) / (steps - warm) * torch.pi)).item())
+            optimiser.param_groups[0]["lr"] = 5e-3 * rate
+            batch = sequences(256, generator)
+            loss = F.cross_entropy(model(batch.tokens, return_type="logits")[:, -1], batch.answers)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        test = sequences(4096, generator)
+        with torch.no_grad():
+            reached = accuracy(model(test.tokens, return_type="logits"), test.answers)
+        if reached >= ENOUGH:
+            optimiser.zero_grad(set_to_none=True)
+            return model
+    raise SPDError(
+        f"the target of seed {seed} reached an accuracy of {reached:.3f} in {3 * steps} steps; {ENOUGH} is needed. Try more steps."
+    )
+
+
+def accuracy(logits: Float[Tensor, "N s v"], answers: Int[Tensor, " N"]) -> float:
+    """How often the last position's likeliest token is the answer."""
+    return float((logits[:, -1].argmax(-1) == answers).float().mean())
+
+
+def config(**changes: Any) -> SPDConfig:
+    """The library's defaults on this task's sites and output; `changes` override."""
+    return SPDConfig(**{"sites": SITES, "subcomponents": WIDTH, "output_positions": "last", **changes})
+
+
+def save_target(model: Any, path: Path, seed: int) -> None:
+    write_tensors(path, dict(model.named_parameters()), {"seed": seed, "bridge": isinstance(model, TransformerBridge)})
+
+
+def load_target(path: Path) -> Any:
+    """The target that `save_target` wrote, for `Decomposition.load(folder, model)`."""
+    tensors, about = read_tensors(path, torch.device("cpu"))
+    model = build_target(about["seed"], about["bridge"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise SPDError(f"{path}: {name} of shape {list(parameter.shape)} is missing; the file is no induction target.")
+            parameter.copy_(tensors[name])
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a decomposition of the target shows, measured; everything that table, page and `results.json` say.
+
+    Attributes:
+        mean_active: `Q0` … → position → mean number active.
+        distinct: `Q0` … → ever active; `total`; `total_without_s_first`.
+        attention: `m→s1` and `s2→m`: mean attention of the original model and under hard masks.
+        ablated: `Q0` … → accuracy of the original model without its active subcomponents of that site.
+    """
+
+    decomposition: Decomposition
+    sequences: Sequences
+    seed: int
+    seconds: float
+    seconds_decomposition: float
+    target_accuracy: float
+    accuracy_hard: float
+    verification: Verification
+    mean_active: dict[str, dict[str, float]]
+    distinct: dict[str, int]
+    often: dict[str, dict[str, list[int]]]
+    attention: dict[str, dict[str, float]]
+    ablated: dict[str, float]
+    example_importances: dict[str, Tensor]
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        return {name: site.short for name, site in self.decomposition.sites.items()}
+
+    @property
+    def example_labels(self) -> list[str]:
+        return ["s" if token == SPECIAL else str(token) for token in self.sequences.tokens[0].tolist()]
+
+    def beside_paper(self) -> pd.DataFrame:
+        """Table 1: ours, and the paper's in brackets."""
+        rows = {}
+        for site, own in self.mean_active.items():
+            paper = PAPER.get(site, {})
+            rows[site] = {position: f"{value:.3f} ({paper[position]:.3f})" for position, value in own.items() if position in paper}
+            rows[site]["distinct"] = f"{self.distinct[site]} ({paper['distinct']})"
+        total = sum(row["distinct"] for row in PAPER.values())
+        rows["total"] = {"distinct": f"{self.distinct['total']} ({total})"}
+        rows["without s first"] = {"distinct": f"{self.distinct['total_without_s_first']}"}
+        return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("site")
+
+    def verification_table(self) -> pd.DataFrame:
+        rows = {label: f"{getattr(self.verification, name):.1e}" for name, label in LABELS.items()}
+        return pd.DataFrame({"value": {**rows, "accuracy, hard masks": f"{self.accuracy_hard:.4f}"}}).rename_axis("check")
+
+    def picture(self, draw: Callable[..., Any]) -> Any:
+        """Hand the circuit to a drawing function (plotting lies to the right of this file)."""
+        columns = {"s1": "s, for the first time", "m": "the token after it", "s2": "s again: the model says m"}
+        return draw(self.often, {key: value["hard"] for key, value in self.attention.items()}, self.ablated, columns)
+
+    def results(self) -> dict[str, Any]:
+        """`results.json`."""
+        return {
+            "seconds": self.seconds, "seconds_decomposition": self.seconds_decomposition, "seed": self.seed,
+            "config": self.decomposition.config.to_json(), "target_accuracy": self.target_accuracy, "distinct": self.distinct,
+            "mean_active": self.mean_active,
+            "verification": {**self.verification.as_dict(), "accuracy_hard": self.accuracy_hard},
+            "attention": self.attention, "accuracy_when_cut": self.ablated,
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def measure(decomposition: Decomposition, seed: int, started: float, seconds_decomposition: float, many: int = 2048) -> Outcome:
+    """Everything that is reported, on `many` fresh sequences."""
+    test = sequences(many, torch.Generator().manual_seed(1_000_000 + seed))
+    rows, short = torch.arange(many), {name: site.short for name, site in decomposition.sites.items()}
+    observation = decomposition.observe(test.tokens)
+    counted = census(decomposition, test.tokens, test.positions)
+    kept = census(decomposition, test.select(~test.s_first).tokens)
+    hard = masks.hard(observation.importances)
+    patterns = {
+        "original": decomposition.run_with_cache(test.tokens, names_filter=_is_pattern)[1],
+        "hard": decomposition.run_with_cache(test.tokens, masks=hard, names_filter=_is_pattern)[1],
+    }
+
+    def attention(layer: int, target: str, source: str) -> dict[str, float]:
+        at = (rows, 0, test.positions[target], test.positions[source])
+        return {kind: float(cache[f"blocks.{layer}.attn.hook_pattern"][at].mean()) for kind, cache in patterns.items()}
+
+    with torch.enable_grad():
+        verification = verify(decomposition, test.tokens)
+    alive = {name: torch.nonzero(on).flatten().tolist() for name, on in counted.alive.items()}
+    ablated = {
+        short[name]: accuracy(
+            decomposition.model.run_with_hooks(test.tokens, fwd_hooks=decomposition.ablate({name: alive[name]})), test.answers
+        )
+        for name in decomposition.sites
+    }
+    often = {
+        position: {short[name]: torch.nonzero(on[rows, index].float().mean(0) >= 0.5).flatten().tolist() for name, on in hard.items()}
+        for position, index in test.positions.items() if position != "random"
+    }  # fmt: skip
+    return Outcome(
+        decomposition=decomposition, sequences=test, seed=seed, seconds=time.perf_counter() - started,
+        seconds_decomposition=seconds_decomposition, target_accuracy=accuracy(observation.logits, test.answers),
+        accuracy_hard=accuracy(decomposition.run(test.tokens, hard), test.answers), verification=verification,
+        mean_active={short[n]: {k: v for k, v in means.items() if k != "all"} for n, means in counted.mean_active.items()},
+        distinct={**{short[n]: v for n, v in counted.distinct.items()}, "total": counted.total, "total_without_s_first": kept.total},
+        often=often, attention={"m→s1": attention(0, "m", "s1"), "s2→m": attention(1, "s2", "m")}, ablated=ablated,
+        example_importances={name: g[:1] for name, g in observation.importances.items()},
+    )  # fmt: skip
+
+
+def _is_pattern(name: str) -> bool:
+    return name.endswith("attn.hook_pattern")

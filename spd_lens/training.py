@@ -1,0 +1,324 @@
+"""Learning a decomposition (arXiv 2506.20790, section 2; arXiv 2511.08854, section 3).
+
+One step:
+1. clean pass: the original logits and the input of every site, without gradients;
+2. inner activations and importances of every site;
+3. the masked passes of every reconstruction loss, stacked into one batch (`Decomposition.run_many`), and their KL;
+4. the penalties;
+5. backward through 3 and 4 as far as the importance logits, then through the importance functions, then Adam.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spd_lens import masks
+from spd_lens.components import check_weight, initialise
+from spd_lens.config import SPDConfig
+from spd_lens.decomposition import Decomposition, check_tokens
+from spd_lens.errors import SPDError, nearest
+from spd_lens.importance import build_importance, lower_leaky, upper_leaky
+from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
+from spd_lens.sites import Site, find_sites, frozen, is_causal, model_device
+from spd_lens.storage import check_writable, load_checkpoint, save_checkpoint
+
+ADVERSARY_STEP = 0.1
+IDENTITY_TOLERANCE = 1e-3  # of the logits' largest value: far above rounding, far below a matrix at the wrong place
+
+
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one training step did.
+
+    Attributes:
+        step: counted from 1.
+        losses: each by name, unweighted: KL in nats, faithfulness in squared weight units.
+        total: their weighted sum.
+        active: site → mean number of active subcomponents (g > 0.5) per position.
+        decomposition: as it is after the step.
+    """
+
+    step: int
+    losses: dict[str, Tensor]
+    total: Tensor
+    active: dict[str, Tensor]
+    decomposition: Decomposition
+
+    def figures(self) -> dict[str, Any]:
+        """The same as plain numbers."""
+        return {"step": self.step, "total": float(self.total), **{name: float(v) for name, v in self.losses.items()},
+                "active": {name: float(v) for name, v in self.active.items()}}  # fmt: skip
+
+
+Callback = Callable[[StepResult], None]
+
+
+def decompose(
+    model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig | None = None, *, progress: bool = True,
+    checkpoint: str | Path | None = None, checkpoint_every: int = 500, resume: bool = False, callbacks: Iterable[Callback] = (),
+) -> Decomposition:  # fmt: skip
+    """Split the model's matrices into rank-one subcomponents and learn which of them each position needs.
+
+    Args:
+        model: a `HookedTransformer` or `TransformerBridge` in float32. It is not changed.
+        tokens: `[N, seq]`, from which each step draws `config.batch_size` rows; or an iterable of `[b, seq]` batches.
+        config: `SPDConfig()` by default; `steps=0` returns the initialised decomposition.
+        progress: show a bar with faithfulness, stochastic KL and active subcomponents per position.
+        checkpoint: a file to keep the state of the training in, written whole or not at all.
+        checkpoint_every: steps between two checkpoints. Ctrl-C writes one more before it stops.
+        resume: go on from `checkpoint` where it exists; the result is the same to the bit as without the interruption.
+        callbacks: called with a `StepResult` after every step.
+
+    Raises:
+        SPDError: for bad input, before any work starts; during training, when a loss is no longer finite (the step and
+            the term are named) or when the batches end early.
+    """
+    config = config or SPDConfig()
+    model_at = model_device(model) if hasattr(model, "parameters") else None
+    sites = find_sites(model, config.sites)
+    for site in sites.values():
+        check_weight(site)
+    if config.device is not None and torch.device(config.device).type != model_at.type:  # pyright: ignore
+        raise SPDError(f"config.device is {config.device!r} and the model is on {model_at}; move it with model.to({config.device!r}).")
+    for name in config.weights:
+        if name not in LOSSES:
+            raise SPDError(f"there is no loss {name!r}; {nearest(name, LOSSES)}.")
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    if checkpoint is not None and checkpoint.exists() and not resume:
+        raise SPDError(f"{checkpoint} exists; pass resume=True to go on from it, or delete it to start anew.")
+    data = _Data(model, tokens, config)
+    if checkpoint is not None:
+        numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
+        check_writable(checkpoint.parent, 12 * numbers)
+    with frozen(model):
+        decomposition = initialised(model, sites, data.example, config)
+        check_identity(decomposition, data.example[:2])
+        trainer = Trainer(decomposition)
+        if checkpoint is not None and checkpoint.exists():
+            load_checkpoint(checkpoint, trainer)
+        fit(trainer, data, progress, checkpoint, checkpoint_every, list(callbacks))
+    return decomposition
+
+
+def count(config: SPDConfig, name: str) -> int:
+    """How many subcomponents the config gives to a site."""
+    if isinstance(config.subcomponents, int):
+        return config.subcomponents
+    for pattern, C in config.subcomponents.items():
+        if fnmatchcase(name, pattern):
+            return C
+    raise SPDError(f"subcomponents names no pattern for {name}; given: {', '.join(config.subcomponents)}. Add one, e.g. '*': 64.")
+
+
+def initialised(model: Any, sites: dict[str, Site], example: Tensor, config: SPDConfig) -> Decomposition:
+    """The untrained decomposition: subcomponents from each matrix, importance functions scaled to the inputs of `example`."""
+    device = next(iter(sites.values())).weight.device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    components = {name: initialise(site, count(config, name), config.init, generator) for name, site in sites.items()}
+    decomposition = Decomposition(model, sites, components, {}, config)
+    with torch.no_grad():
+        _, inputs = decomposition.trace(example)
+        for name, x in inputs.items():
+            decomposition.gates[name] = build_importance(
+                config.importance, x, components[name].inner(x), config.gate_width, config.gate_bias, config.distance_decay,
+                example.shape[1], is_causal(model), generator,
+            )  # fmt: skip
+    return decomposition
+
+
+@torch.no_grad()
+def check_identity(decomposition: Decomposition, tokens: Tensor) -> None:
+    """Every mask 1 and the delta on must give the original logits: a model that runs other than TransformerLens says shows here."""
+    clean = decomposition.model(tokens, return_type="logits")
+    if not torch.isfinite(clean).all():
+        raise SPDError("the model's own logits hold NaN or infinite values on these tokens; decompose a model that runs.")
+    everything = {name: torch.ones((), device=clean.device) for name in decomposition.sites}
+    tolerance = IDENTITY_TOLERANCE * max(1.0, float(clean.abs().max()))
+
+    def error(masks: Mapping[str, Tensor]) -> float:
+        return float((decomposition.run(tokens, masks, delta=1.0) - clean).abs().max())
+
+    if error(everything) <= tolerance:
+        return
+    if float((decomposition.model(tokens, return_type="logits") - clean).abs().max()) > tolerance:
+        raise SPDError("the model gives other logits each time it runs (dropout?); call model.eval() first.")
+    wrong = [name for name in everything if error({name: everything[name]}) > tolerance]
+    raise SPDError(f"{', '.join(wrong or everything)}: replacing the matrix by itself changes the logits, so this model does not use it "
+                   "as TransformerLens describes. Leave these sites out.")  # fmt: skip
+
+
+class _Data:
+    """Batches of tokens: drawn from one tensor, or taken from an iterable (of which `example`, the first, is not lost)."""
+
+    def __init__(self, model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig):
+        self.model, self.config = model, config
+        self.whole = check_tokens(model, tokens) if isinstance(tokens, Tensor) else None
+        if self.whole is not None:
+            self.example = self.whole[: config.batch_size]
+            return
+        self.iterator = iter(tokens)
+        first = next(self.iterator, None)
+        if first is None:
+            raise SPDError("tokens are an iterable without a single batch; give batches of [b, s], or one tensor [N, s].")
+        self.example = check_tokens(model, first)
+        self.pending: Tensor | None = self.example
+
+    def skip(self, steps: int) -> None:
+        """On resuming: batches of an iterable that were used before the interruption."""
+        if self.whole is None:
+            for step in range(steps):
+                self.take(step, None)
+
+    def take(self, step: int, generator: torch.Generator | None) -> Tensor:
+        if self.whole is not None:
+            rows = torch.randint(len(self.whole), (self.config.batch_size,), generator=generator, device=self.whole.device)
+            return self.whole[rows]
+        if self.pending is not None:
+            batch, self.pending = self.pending, None
+            return batch
+        batch = next(self.iterator, None)
+        if batch is None:
+            raise SPDError(f"the batches ended after {step} of {self.config.steps} steps; give more, or set steps={step}.")
+        return check_tokens(self.model, batch)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per part of the step; `spd-lens bench step` reads them."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Trainer:
+    """The state of a training: decomposition, optimiser, randomness, the adversary's memory, the step."""
+
+    def __init__(self, decomposition: Decomposition):
+        self.decomposition = decomposition
+        self.config = config = decomposition.config
+        device = decomposition.parameters()[0].device
+        self.optimiser = torch.optim.Adam(decomposition.parameters(), lr=config.learning_rate.at(0), fused=True)
+        generator = torch.Generator(device).manual_seed(config.seed + 1)  # not the stream that initialised the parameters
+        self.draw = masks.Draw(generator, kind=config.masks, layerwise_sites=config.layerwise_sites)
+        for name, c in decomposition.components.items():
+            self.draw.sources[name] = self.draw.uniform(c.C, like=c.V)
+        self.stopwatch = Stopwatch()
+
+    def weights(self, fraction: float) -> dict[str, float]:
+        weights = {name: schedule.at(fraction) for name, schedule in self.config.weights.items()}
+        return {name: weight for name, weight in weights.items() if weight != 0}
+
+    def step(self, tokens: Tensor) -> StepResult:
+        d, config, part = self.decomposition, self.config, self.stopwatch.part
+        fraction = d.steps_done / max(1, config.steps)
+        weights = self.weights(fraction)
+        self.optimiser.zero_grad(set_to_none=True)
+        with part("reconstruction"), torch.no_grad():
+            original, inputs = d.trace(tokens)
+        with part("importance"):
+            _, logits = d.importance_logits(inputs)
+            z = {name: value.detach().requires_grad_() for name, value in logits.items()}
+        losses: dict[str, Tensor] = {}
+        with part("reconstruction"):
+            self._reconstruct(tokens, original, z, weights, losses)
+        with part("losses"):
+            upper = {name: upper_leaky(value) for name, value in z.items()}
+            seen = Pass(d.sites, d.components, upper, config.minimality_power.at(fraction), config)
+            penalties = {name: LOSSES[name](seen) for name in weights if not isinstance(LOSSES[name], Reconstruction)}  # pyright: ignore
+            self._check(penalties)
+            sum(weights[name] * loss for name, loss in penalties.items()).backward()  # pyright: ignore
+            losses |= {name: loss.detach() for name, loss in penalties.items()}
+        with part("importance"):
+            reached = [name for name in z if z[name].grad is not None]
+            torch.autograd.backward([logits[name] for name in reached], [z[name].grad for name in reached])  # pyright: ignore
+        with part("optimiser"):
+            for group in self.optimiser.param_groups:
+                group["lr"] = config.learning_rate.at(fraction)
+            self.optimiser.step()
+        d.steps_done += 1
+        with torch.no_grad():
+            active = {name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in z.items()}
+            total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        return StepResult(d.steps_done, losses, total, active, d)
+
+    def _reconstruct(
+        self, tokens: Tensor, original: Tensor, z: Mapping[str, Tensor], weights: Mapping[str, float], losses: dict[str, Tensor]
+    ) -> None:
+        """The masked passes of every weighted reconstruction loss in one stack; gradients go to z, V and U."""
+        lower = {name: lower_leaky(value) for name, value in z.items()}
+        adversary = {name: r.requires_grad_() for name, r in self.draw.sources.items()} if "adversarial" in weights else {}
+        variants, spans = [], {}
+        for name in weights:
+            if isinstance(loss := LOSSES[name], Reconstruction):
+                start = len(variants)
+                for chosen in loss.router(list(lower), self.draw):
+                    variants.append(loss.sampler({site: lower[site] for site in chosen}, self.draw))
+                spans[name] = slice(start, len(variants))
+        if not variants:
+            return
+        positions = self.config.output_positions
+        masked = compared(self.decomposition.run_many(tokens, variants), positions)
+        divergence = kl_divergence(compared(original, positions), masked).flatten(1).mean(1)
+        terms = {name: divergence[span].mean() for name, span in spans.items()}
+        self._check(terms)
+        sum(weights[name] * term for name, term in terms.items()).backward()  # pyright: ignore
+        losses |= {name: term.detach() for name, term in terms.items()}
+        if adversary:
+            gradients = {name: r.grad for name, r in adversary.items() if r.grad is not None}
+            self.draw.sources = {**self.draw.sources, **masks.ascend({n: adversary[n] for n in gradients}, gradients, ADVERSARY_STEP)}
+
+    def _check(self, losses: Mapping[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            if not torch.isfinite(loss):
+                raise SPDError(f"step {self.decomposition.steps_done + 1}: the {name} loss is {float(loss)}. The last checkpoint is kept; "
+                               "lower learning_rate, or the weight of this term.")  # fmt: skip
+
+
+def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, checkpoint_every: int, callbacks: list[Callback]) -> None:
+    """Step until the config's number of steps is reached."""
+    d, config = trainer.decomposition, trainer.config
+    data.skip(d.steps_done)
+    line = max(1, config.steps // 100)
+    bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
+    try:
+        while d.steps_done < config.steps:
+            result = trainer.step(data.take(d.steps_done, trainer.draw.generator))
+            if result.step % line == 0 or result.step == config.steps:
+                d.history.append(result.figures())
+                bar.set_postfix_str(_postfix(d, d.history[-1]), refresh=False)
+            bar.update()
+            if checkpoint is not None and result.step % checkpoint_every == 0:
+                save_checkpoint(checkpoint, trainer)
+            for callback in callbacks:
+                callback(result)
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, trainer)
+        raise
+    finally:
+        bar.close()
+    if checkpoint is not None and config.steps and d.steps_done % checkpoint_every:
+        save_checkpoint(checkpoint, trainer)
+
+
+def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:
+    active = figures["active"]
+    shown = [f"{d.sites[n].short} {v:.2g}" for n, v in active.items()] if len(active) <= 8 else [f"{sum(active.values()):.3g} in all"]
+    kl = next((f"KL {figures[n]:.1e} " for n in ("stochastic", "partial", "plain") if n in figures), "")
+    return f"faithfulness {figures.get('faithfulness', math.nan):.1e} {kl}active {' '.join(shown)}"
