@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -21,8 +21,8 @@ class Schedule:
     Two points at the same fraction make a step. Before the first and after the last point the value stays.
     """
 
-    points: tuple[tuple[float, float], ...]
-    shape: Literal["linear", "cosine"] = "linear"
+    points: Sequence[Sequence[float]]
+    shape: Literal["linear", "cosine"] | str = "linear"
 
     def __post_init__(self) -> None:
         try:
@@ -38,7 +38,7 @@ class Schedule:
         object.__setattr__(self, "points", points)
 
     @classmethod
-    def of(cls, value: "Schedule | float | tuple[tuple[float, float], ...] | Mapping[str, Any]") -> "Schedule":
+    def of(cls, value: Any) -> "Schedule":
         if isinstance(value, Schedule):
             return value
         if isinstance(value, Mapping):
@@ -58,7 +58,7 @@ class Schedule:
         return after[1]
 
 
-ScheduleLike = Schedule | float | tuple[tuple[float, float], ...]
+ScheduleLike = Any  # Schedule, number, (fraction, value) pairs, or what a Schedule was in JSON
 
 DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
     "faithfulness": ((0.0, 1e3), (0.75, 1e3), (0.75, 3e4)),
@@ -97,23 +97,23 @@ class SPDConfig:
         layerwise_sites: how many sites, drawn anew each step, the layerwise loss masks; None: every one.
     """
 
-    sites: tuple[str, ...] = ("blocks.*.attn.W_[QKVO]", "blocks.*.mlp.W_*")
+    sites: str | Sequence[str] = ("blocks.*.attn.W_[QKVO]", "blocks.*.mlp.W_*")
     subcomponents: int | Mapping[str, int] = 64
-    importance: Importance = "attention"
+    importance: Importance | str = "attention"
     gate_width: int = 16
     gate_bias: float = 1.0
     distance_decay: float = 0.3
-    init: Initialisation = "svd"
+    init: Initialisation | str = "svd"
     steps: int = 2500
     batch_size: int = 32
     learning_rate: ScheduleLike = ((0.0, 5e-3), (0.75, 1e-3), (1.0, 0.0))
-    output_positions: Positions = "all"
+    output_positions: Positions | str = "all"
     seed: int = 0
     device: str | None = None
     weights: Mapping[str, ScheduleLike] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     minimality_power: ScheduleLike = ((0.0, 1.0), (0.75, 0.1))
     frequency_scale: float = 0.05
-    masks: MaskKind = "mixed"
+    masks: MaskKind | str = "mixed"
     layerwise_sites: int | None = 2
 
     def __new__(cls, *args: Any, **given: Any) -> "SPDConfig":

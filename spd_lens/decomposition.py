@@ -21,6 +21,8 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.sites import Hook, Passage, Rewrite, Site, disarm, model_device, rewrite_hooks
 
+TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
+
 STACKED_TOKENS = 1 << 16  # tokens of one stacked pass of `run_many`; more variants take several passes
 
 
@@ -64,13 +66,13 @@ class Decomposition:
     # --- looking ---
 
     @torch.no_grad()
-    def observe(self, tokens: Tensor | str | Sequence[str]) -> Observation:
+    def observe(self, tokens: TokensLike) -> Observation:
         """One clean pass: the original logits, and per site the inner activations and causal importances."""
         logits, inputs = self.trace(self.tokens(tokens))
         inner, z = self.importance_logits(inputs)
         return Observation(logits, inner, {name: lower_leaky(z[name]) for name in z})
 
-    def importances(self, tokens: Tensor | str | Sequence[str]) -> dict[str, Float[Tensor, "b s C"]]:
+    def importances(self, tokens: TokensLike) -> dict[str, Float[Tensor, "b s C"]]:
         """Site → causal importances `[b, s, C]` in [0, 1]."""
         return self.observe(tokens).importances
 
@@ -91,9 +93,7 @@ class Decomposition:
 
     # --- running ---
 
-    def run(
-        self, tokens: Tensor | str | Sequence[str], masks: Mapping[str, Tensor], delta: float | Tensor = 0.0
-    ) -> Float[Tensor, "b s vocabulary"]:
+    def run(self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | Tensor = 0.0) -> Float[Tensor, "b s vocabulary"]:
         """Logits with the named sites replaced by their masked subcomponents.
 
         Args:
@@ -144,7 +144,7 @@ class Decomposition:
         return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta))
 
     def run_with_cache(
-        self, tokens: Tensor | str | Sequence[str], masks: Mapping[str, Tensor] | None = None, delta: float | Tensor = 0.0, **options: Any
+        self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | Tensor = 0.0, **options: Any
     ) -> tuple[Tensor, ActivationCache]:
         """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache.
 
@@ -226,7 +226,7 @@ class Decomposition:
         state |= {f"{name}.importance.{key}": value for name, g in self.gates.items() for key, value in g.state_dict().items()}
         return state
 
-    def tokens(self, tokens: Tensor | str | Sequence[str]) -> Int[Tensor, "b s"]:
+    def tokens(self, tokens: TokensLike) -> Int[Tensor, "b s"]:
         """Checked tokens on the model's device; text goes through the model's tokenizer."""
         if isinstance(tokens, str) or (not isinstance(tokens, Tensor) and all(isinstance(t, str) for t in tokens)):
             if getattr(self.model, "tokenizer", None) is None:

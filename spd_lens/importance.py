@@ -179,10 +179,11 @@ class AttentionImportance(Importance):
         at = torch.arange(length, device=self.relative.device)
         distance = at[:, None] - at[None, :]
         if self.causal:
-            bias = self.relative[distance.clamp(0, self.context - 1)]
+            index = distance.clamp(0, self.context - 1)
         else:
-            bias = self.relative[distance.clamp(1 - self.context, self.context - 1) + self.context - 1]
-        bias = bias / self.W_Q.shape[1] ** 0.5
+            index = distance.clamp(1 - self.context, self.context - 1) + self.context - 1
+        # index_select, since the backward of plain indexing adds in an order that changes from run to run
+        bias = self.relative.index_select(0, index.flatten()).view(length, length) / self.W_Q.shape[1] ** 0.5
         return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
 
     def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:

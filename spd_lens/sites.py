@@ -453,3 +453,17 @@ def frozen(model: Any) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Sums in a fixed order, so that the same seed gives the same bits (on a CPU: the backward of indexing adds in any order)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore

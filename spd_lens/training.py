@@ -28,7 +28,7 @@ from spd_lens.decomposition import Decomposition, check_tokens
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import build_importance, lower_leaky, upper_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
-from spd_lens.sites import Site, find_sites, frozen, is_causal, model_device
+from spd_lens.sites import Site, find_sites, frozen, is_causal, model_device, reproducible
 from spd_lens.storage import check_writable, load_checkpoint, save_checkpoint
 
 ADVERSARY_STEP = 0.1
@@ -99,7 +99,7 @@ def decompose(
     if checkpoint is not None:
         numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
         check_writable(checkpoint.parent, 12 * numbers)
-    with frozen(model):
+    with frozen(model), reproducible():
         decomposition = initialised(model, sites, data.example, config)
         check_identity(decomposition, data.example[:2])
         trainer = Trainer(decomposition)

@@ -1,0 +1,34 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from spd_lens import SPDConfig, decompose
+from tests import zoo
+
+torch.set_num_threads(1)  # two workers share two cores; more threads wait for each other
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The model of most tests: attention and MLP, LayerNorm, of whichever class this transformer-lens has."""
+    return zoo.hooked(normalization_type="LN") if zoo.HookedTransformer is not None else zoo.native()
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    return zoo.tokens()
+
+
+@pytest.fixture(scope="session")
+def untrained(model):
+    return decompose(model, zoo.tokens(8), SPDConfig(steps=0, subcomponents=40), progress=False)
+
+
+@pytest.fixture(scope="session")
+def trained(model):
+    config = SPDConfig(steps=12, subcomponents=12, batch_size=4, gate_width=4)
+    with pytest.warns(UserWarning, match="rank"):
+        return decompose(model, zoo.tokens(16), config, progress=False)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from spd_lens import SPDError
+from spd_lens.components import Components, check_weight, initialise, masked_output
+from spd_lens.sites import Passage, Site
+
+
+def site(d_in=6, d_out=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(d_in, d_out, generator=generator)
+    return Site("blocks.0.mlp.W_in", weight, torch.randn(d_out, generator=generator), 1)
+
+
+def passage(s, heads=None):
+    x = torch.randn(2, 3, s.d_in)
+    return Passage(x, x @ s.weight + s.bias, s.bias)
+
+
+def test_singular_vectors_are_exact_at_full_rank_and_noise_is_small():
+    s = site()
+    exact = initialise(s, 5, "svd", torch.Generator().manual_seed(0))
+    assert torch.allclose(exact.V @ exact.U, s.weight, atol=1e-6)
+    assert torch.allclose(exact.V.norm(dim=0), exact.U.norm(dim=1), atol=1e-6)
+    more = initialise(s, 9, "svd", torch.Generator().manual_seed(0))
+    assert more.delta(s.weight).norm() < 0.01 * s.weight.norm() and (more.V[:, 5:] != 0).all()
+
+
+def test_random_start_has_the_matrix_norm():
+    s = site(60, 50)
+    start = initialise(s, 80, "random", torch.Generator().manual_seed(0))
+    assert 0.5 < (start.V @ start.U).norm() / s.weight.norm() < 2
+
+
+def test_fewer_subcomponents_than_the_rank_say_what_it_costs():
+    with pytest.warns(UserWarning, match=r"3 subcomponents for a matrix of rank 5 leave at best .*%"):
+        initialise(site(), 3, "svd", torch.Generator())
+
+
+def test_masked_output_is_the_formula():
+    s = site()
+    c = Components(torch.randn(6, 4), torch.randn(4, 5))
+    p, mask = passage(s), torch.rand(2, 3, 4)
+    expected = torch.stack(
+        [
+            torch.stack([sum(mask[b, n, i] * (p.x[b, n] @ c.V[:, i]) * c.U[i] for i in range(4)) + s.bias for n in range(3)])
+            for b in range(2)
+        ]
+    )
+    assert torch.allclose(masked_output(c, s, p, mask, 0.0), expected, atol=1e-5)
+    everything = masked_output(c, s, p, torch.ones(()), 1.0)
+    assert torch.allclose(everything, p.y, atol=1e-5)  # all on and the delta: the original
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_weights_are_named(bad):
+    s = site()
+    s.weight[1, 2] = bad
+    with pytest.raises(SPDError, match=r"blocks.0.mlp.W_in holds 1 NaN or infinite"):
+        check_weight(s)
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(SPDError, match=r"float16.*model.to\(torch.float32\)"):
+        check_weight(Site("blocks.0.attn.W_Q", torch.ones(2, 2, dtype=torch.float16), None, 1))

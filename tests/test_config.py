@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from spd_lens import Schedule, SPDConfig, SPDError
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(SPDError, match="no 'subcomponent'; nearest: subcomponents"):
+        SPDConfig(subcomponent=3)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(subcomponents=0), "at least 1"),
+        (dict(subcomponents=-4), "at least 1"),
+        (dict(subcomponents={"*": 0}), "at least 1"),
+        (dict(steps=-1), "at least 0"),
+        (dict(batch_size=0), "at least 1"),
+        (dict(importance="atention"), "nearest: attention"),
+        (dict(init="zero"), "allowed: svd, random"),
+        (dict(output_positions="first"), "output_positions"),
+        (dict(frequency_scale=0.0), "above 0"),
+        (dict(learning_rate=((0.5, 1.0), (0.2, 1.0))), "rise"),
+        (dict(learning_rate="fast"), "schedule"),
+    ],
+)
+def test_bad_values_say_what_is_allowed(given, message):
+    with pytest.raises(SPDError, match=message):
+        SPDConfig(**given)
+
+
+def test_frozen():
+    with pytest.raises(AttributeError):
+        SPDConfig().steps = 3
+
+
+def test_schedules_are_joined_by_lines_steps_and_cosines():
+    line = Schedule(((0.0, 1.0), (0.5, 2.0), (0.5, 5.0), (1.0, 5.0)))
+    assert [line.at(f) for f in (0, 0.25, 0.4999, 0.5, 1)] == pytest.approx([1, 1.5, 1.9998, 5, 5], abs=1e-3)
+    cosine = Schedule(((0.0, 1.0), (1.0, 0.0)), "cosine")
+    assert [cosine.at(f) for f in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert Schedule.of(3).at(0.7) == 3
+
+
+def test_json_round_trip():
+    for config in (SPDConfig(), SPDConfig.paper(), SPDConfig(subcomponents={"*Q": 3, "*": 4}, seed=5)):
+        assert SPDConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_the_papers_settings():
+    paper = SPDConfig.paper()
+    assert (paper.steps, paper.batch_size, paper.subcomponents, paper.gate_width) == (100_000, 1024, 100, 16)
+    assert {name: weight.at(0) for name, weight in paper.weights.items()} == {
+        "faithfulness": 1000, "plain": 0.5, "stochastic": 1, "layerwise": 1, "minimality": 0.02,
+    }  # fmt: skip
+    assert (paper.minimality_power.at(0), paper.minimality_power.at(1)) == (0.9, pytest.approx(0.1))
+    assert (paper.learning_rate.at(0), paper.learning_rate.at(1)) == (1e-3, pytest.approx(0))
+    assert (paper.masks, paper.init, paper.output_positions) == ("uniform", "random", "last")

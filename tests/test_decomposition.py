@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from spd_lens import SPDConfig, SPDError, decompose, masks
+from tests import zoo
+
+SOME = [n for n in ("HT-standard", "HT-split", "HT-attn-result", "HT-grouped", "Bridge-native", "Bridge-gpt2", "Bridge-llama-processed",
+                    "Bridge-gpt2-use_split_qkv_input", "Bridge-neox-use_attn_result") if n in zoo.ALL]  # fmt: skip
+
+
+def ones(decomposition):
+    return {name: torch.ones(()) for name in decomposition.sites}
+
+
+def scrambled(name, C=24, **config):
+    """A decomposition whose components are far from the matrix, so that mistakes show."""
+    model = zoo.ALL[name]()
+    d = decompose(model, zoo.tokens(4), SPDConfig(steps=0, subcomponents=C, init="random", **config), progress=False)
+    return d
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_everything_on_with_the_delta_is_the_original(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    clean = d.model(tokens)
+    assert (d.run(tokens, ones(d), delta=1.0) - clean).abs().max() < 1e-4
+    assert (d.run(tokens, ones(d)) - clean).abs().max() > 1e-3
+    assert torch.equal(d.run(tokens, {}), clean)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_stacked_pass_equals_run_gradients_included(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    generator = torch.Generator().manual_seed(0)
+    shape = (*tokens.shape, 24)
+    names = list(d.sites)
+    variants = [
+        {n: torch.rand(shape, generator=generator, requires_grad=True) for n in chosen}
+        for chosen in (names, names[:1], names[-2:], names[1::2], names[3:4])
+    ]
+    leaves = [m for v in variants for m in v.values()] + [p for c in d.components.values() for p in c.parameters()]
+    weight = torch.randn(len(variants), *d.model(tokens).shape, generator=generator)
+    results = []
+    for logits in (torch.stack([d.run(tokens, v) for v in variants]), d.run_many(tokens, variants)):
+        results.append((logits, *torch.autograd.grad((logits * weight).sum(), leaves)))
+    for naive, fast in zip(*results):
+        assert torch.allclose(naive, fast, atol=1e-5 * max(1.0, float(naive.abs().max())))
+
+
+def test_many_variants_take_several_passes(untrained, tokens, monkeypatch):
+    monkeypatch.setattr("spd_lens.decomposition.STACKED_TOKENS", 2 * tokens.numel())
+    generator = torch.Generator().manual_seed(0)
+    variants = [{n: torch.rand(*tokens.shape, 40, generator=generator) for n in untrained.sites} for _ in range(5)]
+    with torch.no_grad():
+        naive = torch.stack([untrained.run(tokens, v) for v in variants])
+        assert torch.allclose(untrained.run_many(tokens, variants), naive, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_observation_is_made_of_what_the_model_computes(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    seen = d.observe(tokens)
+    with torch.no_grad():
+        assert torch.equal(seen.logits, d.model(tokens))
+    for site in d.components:
+        assert seen.inner[site].shape == seen.importances[site].shape == (*tokens.shape, 24)
+        assert (seen.importances[site] >= 0).all() and (seen.importances[site] <= 1).all()
+    z = d.model.run_with_cache(tokens)[1]["blocks.0.attn.hook_z"].flatten(2)
+    assert torch.allclose(seen.inner["blocks.0.attn.W_O"], z @ d.components["blocks.0.attn.W_O"].V, atol=1e-5)
+    assert not any(value.requires_grad for value in seen.importances.values())
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_hooks_are_run_in_the_models_own_words(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    hard = masks.hard(d.importances(tokens))
+    with torch.no_grad():
+        expected = d.run(tokens, hard)
+        assert torch.equal(d.model.run_with_hooks(tokens, fwd_hooks=d.hooks(hard)), expected)
+        with d.model.hooks(fwd_hooks=d.hooks(hard)):
+            assert torch.equal(d.model(tokens), expected)
+        assert not torch.equal(d.model(tokens), expected)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_ablation_takes_exactly_the_subcomponent_out_of_the_weight(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    site = "blocks.1.attn.W_Q"
+    with torch.no_grad():
+        c = d.components[site]
+        left = d.sites[site].weight - c.V[:, [3, 7]] @ c.U[[3, 7]]
+
+        def edited(passage):
+            return passage.biased(passage.source @ left)
+
+        from spd_lens.sites import rewrite_hooks
+
+        expected = d.model.run_with_hooks(tokens, fwd_hooks=rewrite_hooks(d.model, d.sites, {site: edited}))
+        ablated = d.model.run_with_hooks(tokens, fwd_hooks=d.ablate({site: [3, 7]}))
+        assert torch.allclose(ablated, expected, atol=1e-4)
+        assert torch.equal(d.model.run_with_hooks(tokens, fwd_hooks=d.ablate({site: []})), d.model(tokens))
+
+
+def test_ablation_at_some_positions(untrained, tokens):
+    hooks = untrained.ablate({"blocks.0.mlp.W_in": list(range(20))}, positions=[5])
+    with torch.no_grad():
+        difference = (untrained.model.run_with_hooks(tokens, fwd_hooks=hooks) - untrained.model(tokens)).abs().amax((0, 2))
+    assert difference[:5].max() == 0 and difference[5] > 1e-4
+
+
+def test_the_cache_holds_activations_and_importances(untrained, tokens):
+    seen = untrained.observe(tokens)
+    logits, cache = untrained.run_with_cache(tokens)
+    for site in untrained.sites:
+        assert torch.allclose(cache[f"{site}.hook_spd_acts"], seen.inner[site])
+        assert torch.allclose(cache[f"{site}.hook_spd_ci"], seen.importances[site])
+    assert torch.allclose(logits, seen.logits)
+    assert "blocks.0.attn.hook_z" in cache.cache_dict
+    _, few = untrained.run_with_cache(tokens, names_filter=lambda name: name.endswith("W_Q.hook_spd_ci"))
+    assert sorted(few.cache_dict) == ["blocks.0.attn.W_Q.hook_spd_ci", "blocks.1.attn.W_Q.hook_spd_ci"]
+    masked, _ = untrained.run_with_cache(tokens, masks={n: torch.zeros(()) for n in untrained.sites})
+    with torch.no_grad():
+        assert torch.allclose(masked, untrained.run(tokens, {n: torch.zeros(()) for n in untrained.sites}))
+
+
+def test_the_model_is_as_before_also_after_an_exception(untrained, tokens):
+    clean = untrained.model(tokens)
+    with pytest.raises(RuntimeError):  # a mask that fits no batch of 3 breaks inside the forward pass
+        untrained.run(tokens, {"blocks.0.mlp.W_in": torch.ones(7, 1, 40)})
+    assert torch.equal(untrained.model(tokens), clean)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.tensor([[0, zoo.VOCABULARY]]), r"run from 0 to 50; the model's vocabulary is 0 … 49"),
+        (torch.tensor([[-1, 3]]), "run from -1"),
+        (torch.tensor([[0.0, 1.0]]), "float32"),
+        (torch.tensor([[True]]), "bool"),
+        (torch.tensor([1, 2]), r"tokens\[None\]"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"give \[b, s\]"),
+        (torch.zeros(1, zoo.CONTEXT + 1, dtype=torch.long), "n_ctx is 24"),
+        (torch.zeros(0, 4, dtype=torch.long), "empty"),
+        ([[1, 2]], "list"),
+        ("text", "no tokenizer"),
+    ],
+)
+def test_bad_tokens(untrained, bad, message):
+    with pytest.raises(SPDError, match=message):
+        untrained.observe(bad)
+
+
+def test_unknown_sites_and_indices_and_masks(untrained, tokens):
+    with pytest.raises(SPDError, match="not decomposed here; nearest: blocks.0.attn.W_Q"):
+        untrained.run(tokens, {"blocks.0.attn.W_q": torch.ones(())})
+    with pytest.raises(SPDError, match="subcomponent 40 was given; it has 0 … 39"):
+        untrained.ablate({"blocks.0.attn.W_Q": [40]})
+    with pytest.raises(SPDError, match=r"broadcasts to \[b, s, 40\]"):
+        untrained.run(tokens, {"blocks.0.attn.W_Q": torch.ones(3)})
+
+
+def test_a_model_that_was_moved_is_noticed(tokens):
+    d = scrambled("HT-standard" if "HT-standard" in zoo.ALL else "Bridge-native")
+    for c in d.components.values():
+        c.to("meta")
+    with pytest.raises(SPDError, match="decomposition is on meta"):
+        d.run(tokens, ones(d))

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spd_lens import importance
+from spd_lens.importance import build_importance, fast_independent_mlps, independent_mlps, lower_leaky, upper_leaky
+
+
+def gradient(function, z, incoming):
+    z = torch.tensor(z, requires_grad=True)
+    function(z).backward(torch.tensor(incoming))
+    return z.grad
+
+
+def test_lower_leaky_values_and_gradients():
+    z = [-1.0, -1.0, 0.0, 0.0, 0.5, 0.5, 2.0, 2.0]
+    assert lower_leaky(torch.tensor(z)).tolist() == [0, 0, 0, 0, 0.5, 0.5, 1, 1]
+    got = gradient(lower_leaky, z, [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    assert got.tolist() == pytest.approx([0, -0.01, 0, -0.01, 1, -1, 0, 0])  # below 0 only what would raise z
+
+
+def test_upper_leaky_values_and_gradients():
+    z = [-1.0, 0.5, 2.0]
+    assert upper_leaky(torch.tensor(z)).tolist() == pytest.approx([0, 0.5, 1.01])
+    assert gradient(upper_leaky, z, [1.0, 1.0, 1.0]).tolist() == pytest.approx([0, 1, 0.01])
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), d=st.integers(1, 9), C=st.integers(1, 9), H=st.integers(1, 5), chunk=st.integers(1, 200))
+def test_the_fast_form_equals_the_readable_one_gradients_included(rows, d, C, H, chunk):
+    generator = torch.Generator().manual_seed(rows)
+    shapes = [(rows, d), (d, C, H), (C, H), (C, H), (C,)]
+    arguments = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes]
+    weight = torch.randn(rows, C, generator=generator)
+    results = []
+    before, importance.CHUNK = importance.CHUNK, chunk
+    try:
+        for form in (independent_mlps, fast_independent_mlps):
+            z = form(*arguments)
+            results.append((z, *torch.autograd.grad((z * weight).sum(), arguments)))
+    finally:
+        importance.CHUNK = before
+    for readable, fast in zip(*results):
+        assert torch.allclose(readable, fast, atol=1e-5 * max(1.0, float(readable.abs().max())))
+
+
+def build(kind, s=7, d=5, C=4, causal=True, context=7):
+    x, inner = torch.randn(3, s, d), torch.randn(3, s, C)
+    generator = torch.Generator().manual_seed(0)
+    return build_importance(kind, x, inner, 6, 1.0, 0.3, context, causal, generator), x, inner
+
+
+def moved(gate, x, inner, n):
+    """Positions whose importance changes when position n's input does."""
+    other, changed = x.clone(), inner.clone()
+    other[:, n] += 1.0
+    changed[:, n] += 1.0
+    return ((gate(other, changed) - gate(x, inner)).abs().amax((0, 2)) > 1e-7).tolist()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "attention"])
+def test_who_sees_what(kind):
+    gate, x, inner = build(kind)
+    expected = [False, False, True, True, True, True, True] if kind == "attention" else [n == 2 for n in range(7)]
+    assert moved(gate, x, inner, 2) == expected
+
+
+def test_attention_looks_both_ways_where_the_model_does():
+    gate, x, inner = build("attention", causal=False)
+    assert all(moved(gate, x, inner, 2))
+
+
+def test_scalar_sees_only_its_own_inner_activation():
+    gate, x, inner = build("scalar")
+    other = inner.clone()
+    other[..., 1] += 1.0
+    difference = (gate(x, other) - gate(x, inner)).abs().amax((0, 1))
+    assert difference[1] > 0 and difference[[0, 2, 3]].max() == 0
+
+
+def test_attention_is_the_papers_formula():
+    gate, x, inner = build("attention")
+    scaled = x / gate.scale
+    q, k, v = scaled @ gate.W_Q, scaled @ gate.W_K, scaled @ gate.W_V + gate.absolute
+    scores = torch.full((3, 7, 7), -torch.inf)
+    for n in range(7):
+        for j in range(n + 1):
+            scores[:, n, j] = ((q[:, n] * k[:, j]).sum(-1) + gate.relative[n - j]) / 6**0.5
+    bar = torch.cat([scores.softmax(-1) @ v, scaled], -1)
+    m = gate.mlps
+    expected = independent_mlps(bar.flatten(0, 1), m.w1, m.b1, m.w2, m.b2).view(3, 7, 4)
+    assert torch.allclose(gate(x, inner), expected, atol=1e-5)
+
+
+def test_positions_beyond_the_learned_ones_share_the_last():
+    gate, x, inner = build("attention", s=7, context=3)
+    bias = gate.scores_bias(7)
+    assert bias[6, 0] == bias[6, 4] != bias[6, 5]
+    assert gate(x, inner).shape == (3, 7, 4)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "attention"])
+def test_the_scale_of_the_inputs_does_not_matter(kind):
+    generator = torch.Generator().manual_seed(0)
+    x, inner = torch.randn(3, 5, 4), torch.randn(3, 5, 2)
+    small = build_importance(kind, x, inner, 6, 1.0, 0.3, 5, True, generator.manual_seed(0))
+    large = build_importance(kind, 1000 * x, 1000 * inner, 6, 1.0, 0.3, 5, True, generator.manual_seed(0))
+    assert torch.allclose(small(x, inner), large(1000 * x, 1000 * inner), atol=1e-4)

@@ -1,0 +1,65 @@
+import pytest
+import torch
+
+from spd_lens import SPDConfig
+from spd_lens.components import Components
+from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, faithfulness, frequency, kl_divergence, minimality
+from spd_lens.sites import Site
+
+
+def make_pass(power=0.5):
+    generator = torch.Generator().manual_seed(0)
+    sites = {n: Site(n, torch.randn(3, d, generator=generator), None, 1) for n, d in (("blocks.0.mlp.W_in", 4), ("blocks.0.mlp.W_out", 7))}
+    components = {
+        n: Components(torch.randn(3, 2, generator=generator), torch.randn(2, s.d_out, generator=generator)) for n, s in sites.items()
+    }
+    g = {n: torch.rand(5, 6, 2, generator=generator) for n in sites}
+    return Pass(sites, components, g, power, SPDConfig(frequency_scale=0.1))
+
+
+def test_faithfulness_is_the_mean_over_all_entries():
+    p = make_pass()
+    squares = torch.cat([(s.weight - p.components[n].V @ p.components[n].U).flatten() ** 2 for n, s in p.sites.items()])
+    assert torch.allclose(faithfulness(p), squares.mean())
+
+
+def test_minimality_sums_over_sites_and_subcomponents_the_mean_over_positions():
+    p = make_pass()
+    expected = sum(float((g[..., c] ** 0.5).mean()) for g in p.importances.values() for c in range(2))
+    assert float(minimality(p)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frequency_is_concave_in_how_often_a_subcomponent_is_used():
+    p = make_pass(power=1.0)
+    expected = sum(float(torch.log1p(g[..., c].mean() * 6 / 0.1)) for g in p.importances.values() for c in range(2))
+    assert float(frequency(p)) == pytest.approx(expected, rel=1e-4)
+    shared, spread = torch.zeros(4, 8, 2), torch.zeros(4, 8, 2)
+    shared[:, 0, 0] = 1
+    spread[:2, 0, 0] = spread[2:, 0, 1] = 1  # as many activations, on two subcomponents
+    cost = [float(frequency(Pass(p.sites, p.components, {"blocks.0.mlp.W_in": g}, 1.0, p.config))) for g in (shared, spread)]
+    assert cost[0] < cost[1]
+
+
+def test_the_slope_of_minimality_is_finite_at_zero():
+    p = make_pass(power=0.1)
+    g = torch.zeros(2, 3, 2, requires_grad=True)
+    minimality(Pass(p.sites, p.components, {"blocks.0.mlp.W_in": g}, 0.1, p.config)).backward()
+    assert torch.isfinite(g.grad).all()
+
+
+def test_kl_is_in_nats_from_the_original():
+    original, masked = torch.log(torch.tensor([[0.75, 0.25]])), torch.log(torch.tensor([[0.5, 0.5]]))
+    expected = 0.75 * torch.log(torch.tensor(1.5)) + 0.25 * torch.log(torch.tensor(0.5))
+    assert torch.allclose(kl_divergence(original, masked), expected)
+    assert torch.allclose(kl_divergence(original + 3.0, masked - 2.0), expected)
+
+
+def test_compared_positions():
+    logits = torch.randn(2, 5, 7)
+    assert compared(logits, "all").shape == (2, 5, 7)
+    assert torch.equal(compared(logits, "last"), logits[:, 4:])
+
+
+def test_the_registry_holds_what_the_papers_name():
+    assert set(LOSSES) >= {"faithfulness", "minimality", "frequency", "plain", "stochastic", "layerwise", "partial", "adversarial"}
+    assert sum(isinstance(loss, Reconstruction) for loss in LOSSES.values()) == 5

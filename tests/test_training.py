@@ -1,0 +1,223 @@
+import pytest
+import torch
+
+from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks
+from spd_lens.importance import lower_leaky, upper_leaky
+from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
+from spd_lens.sites import find_sites, frozen
+from spd_lens.training import Trainer, initialised
+from tests import zoo
+
+QUICK = dict(steps=6, subcomponents=33, batch_size=4, gate_width=4)
+
+
+def weights_of(d):
+    return {name: value.clone() for name, value in d.state().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_no_steps_gives_the_initialised_decomposition(untrained, tokens):
+    assert untrained.steps_done == 0
+    assert (untrained.run(tokens, {n: torch.ones(()) for n in untrained.sites}, delta=1.0) - untrained.model(tokens)).abs().max() < 1e-5
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(model):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    config = SPDConfig(
+        sites="blocks.*.attn.W_*",
+        steps=60,
+        subcomponents=33,
+        batch_size=8,
+        init="random",
+        weights={"faithfulness": 100.0, "stochastic": 1.0},
+    )
+    totals = []
+    decompose(model, zoo.tokens(32), config, progress=False, callbacks=[lambda r: totals.append(float(r.losses["faithfulness"]))])
+    assert totals[-1] < 0.5 * totals[0]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_the_same_seed_gives_the_same_bits(model):
+    runs = [weights_of(decompose(model, zoo.tokens(16), SPDConfig(**QUICK, seed=s), progress=False)) for s in (1, 1, 2)]
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+def test_a_step_is_the_sum_of_its_parts(model):
+    """The trainer's gradient against the losses written down plainly: one `run` per variant, one backward."""
+    config = SPDConfig(subcomponents=20, batch_size=3, gate_width=4, init="random", layerwise_sites=3,
+                       weights={"faithfulness": 10.0, "minimality": 0.1, "frequency": 0.2, "plain": 0.5, "stochastic": 1.0,
+                                "layerwise": 2.0, "partial": 0.7, "adversarial": 0.3})  # fmt: skip
+    tokens = zoo.tokens(3)
+    with frozen(model):
+        d = initialised(model, find_sites(model, "*"), tokens, config)
+        trainer = Trainer(d)
+        start = trainer.draw.generator.get_state()
+        sources = {n: r.clone() for n, r in trainer.draw.sources.items()}
+        parameters = d.parameters()
+        result = trainer.step(tokens)
+        fast = [p.grad.clone() for p in parameters]
+
+        d = initialised(model, find_sites(model, "*"), tokens, config)  # as it was before the step
+        trainer.draw.generator.set_state(start)
+        draw = masks.Draw(trainer.draw.generator, sources, config.masks, config.layerwise_sites)
+        original, inputs = d.trace(tokens)
+        _, z = d.importance_logits({n: x.detach() for n, x in inputs.items()})
+        lower = {n: lower_leaky(v) for n, v in z.items()}
+        seen = Pass(d.sites, d.components, {n: upper_leaky(v) for n, v in z.items()}, 1.0, config)
+        total = 0.0
+        for name, weight in config.weights.items():
+            loss = LOSSES[name]
+            if isinstance(loss, Reconstruction):
+                terms = []
+                for chosen in loss.router(list(d.sites), draw):
+                    masked = d.run(tokens, loss.sampler({n: lower[n] for n in chosen}, draw))
+                    terms.append(kl_divergence(compared(original, "all"), compared(masked, "all")).mean())
+                value = torch.stack(terms).mean()
+            else:
+                value = loss(seen)
+            assert torch.allclose(value.detach(), result.losses[name], rtol=1e-4, atol=1e-6), name
+            total = total + weight.at(0) * value
+    plain = torch.autograd.grad(total, d.parameters(), allow_unused=True)
+    for parameter, naive, quick in zip(d.parameters(), plain, fast):
+        naive = torch.zeros_like(parameter) if naive is None else naive
+        assert torch.allclose(naive, quick, rtol=1e-3, atol=1e-5 * max(1.0, float(naive.abs().max())))
+
+
+def test_the_adversary_climbs(model):
+    config = SPDConfig(steps=3, subcomponents=33, batch_size=4, weights={"adversarial": 1.0})
+    d = decompose(model, zoo.tokens(8), SPDConfig(steps=0, subcomponents=33), progress=False)
+    d.config = config
+    trainer = Trainer(d)
+    before = {n: r.clone() for n, r in trainer.draw.sources.items()}
+    with torch.no_grad():
+        for gate in d.gates.values():
+            gate.mlps.b2.fill_(0.3)
+    with frozen(model):
+        trainer.step(zoo.tokens(4))
+    moved = {n: (trainer.draw.sources[n] - before[n]).abs() for n in before}
+    assert all(m.max() <= 0.1 + 1e-6 for m in moved.values()) and sum(float(m.sum()) for m in moved.values()) > 0
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+def test_resuming_gives_the_same_bits(model, tmp_path, iterable):
+    config = SPDConfig(**QUICK)
+
+    def data():
+        return (zoo.tokens(4, seed=s) for s in range(20)) if iterable else zoo.tokens(16)
+
+    whole = decompose(model, data(), config, progress=False)
+
+    class Enough(Exception):
+        pass
+
+    def stop(result):
+        if result.step == 4:
+            raise Enough
+
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Enough):
+        decompose(model, data(), config, progress=False, checkpoint=path, checkpoint_every=3, callbacks=[stop])
+    resumed = decompose(model, data(), config, progress=False, checkpoint=path, checkpoint_every=3, resume=True)
+    assert same(weights_of(whole), weights_of(resumed)) and resumed.history == whole.history
+
+
+def test_interrupting_keeps_a_checkpoint(model, tmp_path):
+    def interrupt(result):
+        if result.step == 2:
+            raise KeyboardInterrupt
+
+    path, config = tmp_path / "c.safetensors", SPDConfig(**QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        decompose(model, zoo.tokens(16), config, progress=False, checkpoint=path, callbacks=[interrupt])
+    assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    resumed = decompose(model, zoo.tokens(16), config, progress=False, checkpoint=path, resume=True)
+    assert same(weights_of(resumed), weights_of(decompose(model, zoo.tokens(16), config, progress=False)))
+
+
+def test_a_checkpoint_is_neither_lost_nor_mixed_up(model, tmp_path):
+    path = tmp_path / "c.safetensors"
+    decompose(model, zoo.tokens(16), SPDConfig(**QUICK), progress=False, checkpoint=path)
+    with pytest.raises(SPDError, match="resume=True"):
+        decompose(model, zoo.tokens(16), SPDConfig(**QUICK), progress=False, checkpoint=path)
+    with pytest.raises(SPDError, match="another config .other: seed"):
+        decompose(model, zoo.tokens(16), SPDConfig(**QUICK, seed=3), progress=False, checkpoint=path, resume=True)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SPDError, match="no whole file"):
+        decompose(model, zoo.tokens(16), SPDConfig(**QUICK), progress=False, checkpoint=path, resume=True)
+
+
+@pytest.mark.parametrize("importance", ["scalar", "vector", "attention"])
+@pytest.mark.parametrize(
+    "name",
+    [n for n in ("HT-gated", "HT-attn-result", "Bridge-llama", "Bridge-gpt2-processed", "Bridge-native-bidirectional") if n in zoo.ALL],
+)
+def test_training_runs_on_every_kind_of_model(name, importance):
+    config = SPDConfig(steps=2, subcomponents={"*.attn.*": 33, "*": 49}, batch_size=4, importance=importance, gate_width=2)
+    d = decompose(zoo.ALL[name](), zoo.tokens(8), config, progress=False)
+    assert d.steps_done == 2 and all(torch.isfinite(v).all() for v in d.state().values())
+
+
+class TestBadInput:
+    def test_batches_that_end_early(self, model):
+        with pytest.raises(SPDError, match="ended after 3 of 6 steps; give more, or set steps=3"):
+            decompose(model, iter([zoo.tokens(4)] * 3), SPDConfig(**QUICK), progress=False)
+
+    def test_no_batch_at_all(self, model):
+        with pytest.raises(SPDError, match="without a single batch"):
+            decompose(model, iter([]), SPDConfig(**QUICK), progress=False)
+
+    def test_a_batch_that_is_no_batch(self, model):
+        with pytest.raises(SPDError, match="list"):
+            decompose(model, iter([[1, 2]]), SPDConfig(**QUICK), progress=False)
+
+    def test_a_loss_that_is_no_longer_finite_names_the_step_and_the_term(self, model):
+        def spoil(result):
+            if result.step == 2:
+                with torch.no_grad():
+                    result.decomposition.components["blocks.0.mlp.W_in"].U[0, 0] = torch.nan
+
+        with pytest.raises(SPDError, match="step 3: the (stochastic|faithfulness|layerwise) loss is nan"):
+            decompose(model, zoo.tokens(8), SPDConfig(**QUICK), progress=False, callbacks=[spoil])
+
+    @pytest.mark.parametrize("bad, message", [(torch.nan, "1 NaN"), (torch.inf, "1 NaN or infinite")])
+    def test_broken_weights(self, bad, message):
+        model = zoo.native()
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "q._original" in n and n.endswith("weight"))[0, 0] = bad
+        with pytest.raises(SPDError, match=message):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK), progress=False)
+
+    def test_half_precision(self):
+        with pytest.raises(SPDError, match="bfloat16"):
+            decompose(zoo.native().to(torch.bfloat16), zoo.tokens(), SPDConfig(**QUICK), progress=False)
+
+    def test_another_device(self, model):
+        with pytest.raises(SPDError, match="config.device is 'cuda' and the model is on cpu"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK, device="cuda"), progress=False)
+
+    def test_unknown_loss(self, model):
+        with pytest.raises(SPDError, match="no loss 'faithfullness'; nearest: faithfulness"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK, weights={"faithfullness": 1.0}), progress=False)
+
+    def test_a_pattern_for_no_site(self, model):
+        with pytest.raises(SPDError, match="names no pattern for blocks.0.attn.W_Q"):
+            decompose(model, zoo.tokens(), SPDConfig(steps=1, subcomponents={"*.mlp.*": 3}), progress=False)
+
+    def test_dropout_in_training_mode(self):
+        model = zoo.wrapped("gpt2")
+        model.original_model.train()
+        with pytest.raises(SPDError, match=r"model.eval\(\)"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK), progress=False)
+
+    def test_a_checkpoint_where_none_can_be(self, model, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SPDError, match="cannot take"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK), progress=False, checkpoint=tmp_path / "file" / "c.safetensors")
+
+
+def test_the_loaded_one_trains_no_further_by_itself(trained, tmp_path):
+    assert Decomposition.load(trained.save(tmp_path), trained.model).steps_done == 12
