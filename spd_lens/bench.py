@@ -1,5 +1,7 @@
 """How long a training step takes, what it needs, and where the time goes. Speed is measured here and asserted nowhere."""
 
+import contextlib
+import io
 import resource
 import time
 from typing import Any
@@ -21,7 +23,8 @@ def bench_step(batch: int, subcomponents: int, importance: str, threads: int, de
         `idle_rss_mb`, what the process held before its first step (most of it is importing torch).
     """
     torch.set_num_threads(threads)
-    model = induction.build_target(0).to(device)
+    with contextlib.redirect_stdout(io.StringIO()):  # HookedTransformer announces where it moves
+        model = induction.build_target(0).to(device)
     config = induction.config(subcomponents=subcomponents, importance=importance, batch_size=batch, layerwise_sites=None)
     data = induction.batches(batch, 0)
     with frozen(model):

@@ -78,6 +78,8 @@ def _induction(options: argparse.Namespace, console: Console) -> None:
     config = SPDConfig.paper(**changes, seed=options.seed) if options.paper else induction.config(**changes, seed=options.seed)
     check_writable(out, REPORT_BYTES)
     target, checkpoint = out / "target.safetensors", out / "checkpoint.safetensors"
+    if checkpoint.exists() and not options.resume:
+        raise SPDError(f"{checkpoint} is left from an interrupted run; go on from it with --resume, delete it, or give another --out.")
     if options.resume and target.exists():
         model = induction.load_target(target)
     else:

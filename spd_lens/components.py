@@ -41,7 +41,7 @@ class Components(nn.Module):
 
 
 def masked_output(
-    components: Components, site: Site, passage: Passage, mask: Tensor, delta: float | Tensor, inner: Tensor | None = None
+    components: Components, site: Site, passage: Passage, mask: Tensor, delta: float | int | Tensor, inner: Tensor | None = None
 ) -> Tensor:
     """What the site writes under a mask, bias included: `((x·V) ∘ m)·U + δ·x·(W - V·U) + bias`.
 

@@ -21,7 +21,7 @@ class Schedule:
     Two points at the same fraction make a step. Before the first and after the last point the value stays.
     """
 
-    points: Sequence[Sequence[float]]
+    points: Any  # (fraction, value) pairs
     shape: Literal["linear", "cosine"] | str = "linear"
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Schedule:
             return cls(**value)
         return cls(((0.0, value),)) if isinstance(value, (int, float)) else cls(value)
 
-    def at(self, fraction: float) -> float:
+    def at(self, fraction: float | int) -> float:
         before, after = self.points[0], self.points[-1]
         if fraction < before[0] or len(self.points) == 1:
             return before[1]
@@ -75,7 +75,7 @@ class SPDConfig:
     """How to decompose. Every number with a schedule is a number or (fraction of training, value) pairs.
 
     Attributes:
-        sites: glob patterns of the matrices to decompose, TransformerLens' own names.
+        sites: glob patterns of the matrices to decompose, by TransformerLens' own names; `*` is all of them.
         subcomponents: how many each matrix gets (C); or a mapping from pattern to number, the first match counts.
         importance: how causal importance is predicted: `attention` sees other positions (arXiv 2511.08854), `vector` the
             site's whole input, `scalar` each subcomponent's own inner activation (arXiv 2506.20790).
@@ -97,14 +97,14 @@ class SPDConfig:
         layerwise_sites: how many sites, drawn anew each step, the layerwise loss masks; None: every one.
     """
 
-    sites: str | Sequence[str] = ("blocks.*.attn.W_[QKVO]", "blocks.*.mlp.W_*")
+    sites: str | Sequence[str] = "*"
     subcomponents: int | Mapping[str, int] = 64
     importance: Importance | str = "attention"
     gate_width: int = 16
     gate_bias: float = 1.0
     distance_decay: float = 0.3
     init: Initialisation | str = "svd"
-    steps: int = 2500
+    steps: int = 2200
     batch_size: int = 32
     learning_rate: ScheduleLike = ((0.0, 5e-3), (0.75, 1e-3), (1.0, 0.0))
     output_positions: Positions | str = "all"

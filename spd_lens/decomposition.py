@@ -93,7 +93,7 @@ class Decomposition:
 
     # --- running ---
 
-    def run(self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | Tensor = 0.0) -> Float[Tensor, "b s vocabulary"]:
+    def run(self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0) -> Float[Tensor, "b s vocabulary"]:
         """Logits with the named sites replaced by their masked subcomponents.
 
         Args:
@@ -136,7 +136,7 @@ class Decomposition:
         logits = self._forward(tokens.repeat(many, 1), {name: rewrite(name) for name in names})
         return logits.unflatten(0, (many, batch))
 
-    def hooks(self, masks: Mapping[str, Tensor], delta: float | Tensor = 0.0) -> list[Hook]:
+    def hooks(self, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0) -> list[Hook]:
         """`run` as `(hook name, function)` pairs, for `model.run_with_hooks(tokens, fwd_hooks=…)` and `model.hooks(fwd_hooks=…)`.
 
         Your own hooks win: a patch upstream of a site is seen by its subcomponents, one on the same point comes after.
@@ -144,7 +144,7 @@ class Decomposition:
         return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta))
 
     def run_with_cache(
-        self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | Tensor = 0.0, **options: Any
+        self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 0.0, **options: Any
     ) -> tuple[Tensor, ActivationCache]:
         """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache.
 
@@ -246,7 +246,7 @@ class Decomposition:
         if name not in self.sites:
             raise SPDError(f"{name!r} is not decomposed here; {nearest(name, self.sites)}.")
 
-    def _replacements(self, masks: Mapping[str, Tensor], delta: float | Tensor) -> dict[str, Rewrite]:
+    def _replacements(self, masks: Mapping[str, Tensor], delta: float | int | Tensor) -> dict[str, Rewrite]:
         def replace(name: str) -> Rewrite:
             self._check_site(name)
             C, mask = self.components[name].C, masks[name]

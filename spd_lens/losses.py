@@ -6,6 +6,7 @@ run by the trainer, and its loss is `KL(original ‖ masked)` in nats, the mean 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,11 @@ class Pass:
     power: float
     config: SPDConfig
 
+    @cached_property
+    def usage(self) -> dict[str, Tensor]:
+        """Site → `[C]`, mean of `g^p` over all positions."""
+        return {name: (g.clamp_min(0) + EPSILON).pow(self.power).mean((0, 1)) for name, g in self.importances.items()}
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -54,18 +60,14 @@ def mean_squared_delta(sites: Mapping[str, Site], components: Mapping[str, Compo
 
 def minimality(step: Pass) -> Float[Tensor, ""]:
     """`Σ_l Σ_c mean_n g^p` (arXiv 2506.20790, eq. 7; p annealed in arXiv 2511.08854)."""
-    means = [(g.clamp_min(0) + EPSILON).pow(step.power).mean((0, 1)).sum() for g in step.importances.values()]
-    return torch.stack(means).sum()
+    return torch.stack([usage.sum() for usage in step.usage.values()]).sum()
 
 
 def frequency(step: Pass) -> Float[Tensor, ""]:
     """`Σ_c log(1 + F_c/scale)`, F_c the expected active positions of c per sequence: concave, so that different inputs come to
     share a subcomponent instead of using one each."""
-    total = []
-    for g in step.importances.values():
-        expected = (g.clamp_min(0) + EPSILON).pow(step.power).mean((0, 1)) * g.shape[1]
-        total.append(torch.log1p(expected / step.config.frequency_scale).sum())
-    return torch.stack(total).sum()
+    expected = [usage * step.importances[name].shape[1] for name, usage in step.usage.items()]
+    return torch.stack([torch.log1p(f / step.config.frequency_scale).sum() for f in expected]).sum()
 
 
 Penalty = Callable[[Pass], Tensor]
@@ -82,8 +84,8 @@ LOSSES: dict[str, Penalty | Reconstruction] = {
 }
 
 
-def kl_divergence(original: Float[Tensor, "*b v"], masked: Float[Tensor, "*b v"]) -> Float[Tensor, "*b"]:
-    """`KL(softmax(original) ‖ softmax(masked))` in nats, at every position."""
+def kl_divergence(original: Float[Tensor, "... v"], masked: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:
+    """`KL(softmax(original) ‖ softmax(masked))` in nats, at every position; the two broadcast."""
     p, q = original.log_softmax(-1), masked.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 

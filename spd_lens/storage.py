@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def check_writable(folder: Path, needed: int) -> None:
         raise SPDError(f"{folder} cannot take the {needed / 1e6:.1f} MB that will be written there ({error.strerror}{free}). "
                        "Give another folder, or make room.") from error  # fmt: skip
     finally:
-        probe.unlink(missing_ok=True) if folder.is_dir() else None
+        with suppress(OSError):  # where the probe could not be made there is none
+            probe.unlink()
 
 
 @contextmanager
@@ -66,7 +67,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise SPDError(f"{path} could not be written ({error}); what was there before is untouched.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,7 +97,7 @@ def save_decomposition(decomposition: Decomposition, folder: str | Path) -> Path
     sites = {
         name: {"subcomponents": decomposition.components[name].C, "d_in": site.d_in, "d_out": site.d_out,
                "mean_squared_weight": float(site.weight.double().square().mean()),
-               "mean_squared_delta": float(mean_squared_delta({name: site}, decomposition.components))}
+               "mean_squared_delta": _squared_delta(decomposition, name)}
         for name, site in decomposition.sites.items()
     }  # fmt: skip
     description = {"format": FORMAT, "steps_done": decomposition.steps_done, "context": context(decomposition),
@@ -186,15 +188,19 @@ def _expect(leaf: str, expected: Any, found: Any, where: str) -> None:
 
 
 def _expect_same_model(decomposition: Decomposition, described: Mapping[str, Any], folder: Path) -> None:
-    for name, site in decomposition.sites.items():
+    for name in decomposition.sites:
         was = float(described[name]["mean_squared_delta"])
-        now = float(mean_squared_delta({name: site}, decomposition.components))
+        now = _squared_delta(decomposition, name)
         size = float(described[name]["mean_squared_weight"])
         if not abs(now - was) <= SAME_MODEL * size:
             raise SPDError(
                 f"{folder} was made from a model with other weights: the mean squared delta of {name} was {was:.2e} and is {now:.2e} "
                 "here. Load the model that was decomposed (the same checkpoint, folded or unfolded as then)."
             )  # fmt: skip
+
+
+def _squared_delta(decomposition: Decomposition, name: str) -> float:
+    return float(mean_squared_delta({name: decomposition.sites[name]}, decomposition.components).detach())
 
 
 def save_checkpoint(path: Path, trainer: "Trainer") -> None:

@@ -242,7 +242,8 @@ class Trainer:
             seen = Pass(d.sites, d.components, upper, config.minimality_power.at(fraction), config)
             penalties = {name: LOSSES[name](seen) for name in weights if not isinstance(LOSSES[name], Reconstruction)}  # pyright: ignore
             self._check(penalties)
-            sum(weights[name] * loss for name, loss in penalties.items()).backward()  # pyright: ignore
+            if penalties:
+                torch.stack([weights[name] * loss for name, loss in penalties.items()]).sum().backward()
             losses |= {name: loss.detach() for name, loss in penalties.items()}
         with part("importance"):
             reached = [name for name in z if z[name].grad is not None]
@@ -277,7 +278,7 @@ class Trainer:
         divergence = kl_divergence(compared(original, positions), masked).flatten(1).mean(1)
         terms = {name: divergence[span].mean() for name, span in spans.items()}
         self._check(terms)
-        sum(weights[name] * term for name, term in terms.items()).backward()  # pyright: ignore
+        torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
         losses |= {name: term.detach() for name, term in terms.items()}
         if adversary:
             gradients = {name: r.grad for name, r in adversary.items() if r.grad is not None}

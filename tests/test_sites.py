@@ -23,9 +23,10 @@ def hook_state(model):
 @pytest.mark.parametrize("name", zoo.ALL)
 def test_replacing_every_site_by_an_exact_factorisation_changes_nothing(name):
     model, tokens = zoo.ALL[name](), zoo.tokens()
-    before, weights = hook_state(model), {k: v.clone() for k, v in model.state_dict().items()}
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         clean = model(tokens)
+    before = hook_state(model)  # after a first pass: TransformerBridge attaches hooks of its own in it
     sites = find_sites(model)
     factors = exact_factors(sites)
 
@@ -86,7 +87,7 @@ def test_grouped_keys_and_values_at_their_true_number_of_heads(name):
         ("blocks.0.attn.W_X", "nearest: blocks.0.attn.W_"),
         ("blocks.7.attn.W_Q", "no site matches"),
         ("blocks.*.attn.b_Q", "names a bias"),
-        ("attn.W_Q", "nearest: blocks.0.attn.W_Q"),
+        ("attn.W_Q", "nearest: .*blocks.0.attn.W_Q"),
         ((), "no pattern"),
     ],
 )
@@ -112,6 +113,7 @@ def test_what_cannot_be_served_names_the_site_and_the_reason():
 
 
 def test_nothing_is_left_after_an_exception(model, tokens):
+    model(tokens)
     before = hook_state(model)
     sites = find_sites(model)
 

@@ -36,7 +36,7 @@ except ImportError:  # transformer-lens 4.x
 VOCABULARY, SPECIAL, CONTEXT, WIDTH, LAYERS = 128, 127, 64, 16, 2
 SITES = ("blocks.*.attn.W_[QKV]",)
 ENOUGH = 0.996  # accuracy of a target worth decomposing
-RATE, FORMED, ANNEAL, MOST_STEPS = 5e-3, 0.05, 200, 3000
+RATE, DECAY, FORMED, ANNEAL, MOST_STEPS = 5e-3, 0.2, 0.05, 200, 3000
 
 PAPER = {  # arXiv 2511.08854, Table 1: mean active at s1, m, s2 and a random position; distinct ones ever active
     "Q0": {"s1": 0.000, "m": 1.000, "s2": 0.000, "random": 0.001, "distinct": 1},
@@ -137,7 +137,7 @@ def train_target(seed: int = 0, bridge: bool = HookedTransformer is None) -> Any
     """
     model = build_target(seed, bridge)
     generator = torch.Generator().manual_seed(seed + 1)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=DECAY)
     formed = None
     with reproducible():
         for step in range(MOST_STEPS):

@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spd_lens import Decomposition, cli
+from spd_lens.tasks import induction
+
+QUICK = ["--steps", "3", "--subcomponents", "16", "--quiet"]
+
+
+@pytest.fixture
+def target(tmp_path):
+    """An untrained target in the place where `--resume` looks for one: training it is not what is tested here."""
+    induction.save_target(induction.build_target(0), tmp_path / "target.safetensors", 0)
+    return tmp_path
+
+
+def test_induction_writes_all_that_it_promises(target, capsys):
+    cli.main(["induction", "--out", str(target), "--resume", *QUICK])
+    printed = capsys.readouterr().out
+    assert "arXiv 2511.08854, Table 1" in printed and "1.000" in printed
+    for check in ("hard", "alive-only", "adversarial"):  # beside every count
+        assert f"KL, {check}" in printed
+    assert sorted(p.name for p in target.iterdir()) == ["decomposition", "report.html", "results.json", "target.safetensors"]
+    results = json.loads((target / "results.json").read_text())
+    assert results["config"]["steps"] == 3 and results["distinct"]["total"] >= 0
+    model = induction.load_target(target / "target.safetensors")
+    assert Decomposition.load(target / "decomposition", model).steps_done == 3
+    page = (target / "report.html").read_text()
+    assert "src=" not in page.split("<body>")[1] and "@import" not in page
+    assert page.count('class="plotly-graph-div"') == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["induction", "--out", "/proc/nowhere"], "cannot take"),
+        (["induction", "--subcomponents", "0"], "at least 1"),
+        (["induction", "--steps", "-1"], "at least 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_found_at_once(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and "error:" in printed.err and message in printed.err and printed.out == ""
+
+
+def test_a_checkpoint_of_an_interrupted_run_is_not_lost(target, capsys):
+    (target / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        cli.main(["induction", "--out", str(target), *QUICK])
+    assert "--resume" in capsys.readouterr().err and (target / "checkpoint.safetensors").exists()
+
+
+def test_bench_step_prints_one_line_of_json_per_configuration(capsys):
+    threads = torch.get_num_threads()
+    cli.main(["bench", "step", "--batch", "4", "--subcomponents", "16", "--steps", "1"])
+    line = json.loads(capsys.readouterr().out)
+    assert {k: line[k] for k in ("batch", "subcomponents", "importance", "threads", "device")} == {
+        "batch": 4, "subcomponents": 16, "importance": "attention", "threads": 1, "device": "cpu",
+    }  # fmt: skip
+    assert line["steps_per_s"] > 0 and line["cpu_s_per_step"] > 0 and line["peak_rss_mb"] >= line["idle_rss_mb"] > 0
+    assert set(line["shares"]) == {"importance", "reconstruction", "losses", "optimiser"}
+    assert sum(line["shares"].values()) == pytest.approx(1, abs=0.01)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_several_configurations_run_in_processes_of_their_own():
+    command = [sys.executable, "-m", "spd_lens", "bench", "step", "--batch", "2", "4", "--subcomponents", "16", "--steps", "1"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [json.loads(line)["batch"] for line in lines] == [2, 4]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["induction", "--help"], ["bench", "--help"], ["bench", "step", "--help"]])
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 0 and "usage: spd-lens" in capsys.readouterr().out

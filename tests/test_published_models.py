@@ -1,0 +1,89 @@
+"""Two published models decompose with the defaults, where they lie beside the project (they are no part of it).
+
+    pytest -m slow -s tests/test_published_models.py
+
+prints for each: faithfulness, the `verify` table, active subcomponents per token, task accuracy or loss under hard masks.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from spd_lens import SPDConfig, decompose, masks, verify
+from tests import zoo
+
+FOLDER = Path(__file__).parents[2] / "shared" / "models"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no published models at {FOLDER}"),
+    pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank"),
+]
+needs_hooked = pytest.mark.skipif(zoo.HookedTransformer is None, reason="needs HookedTransformer (transformer-lens 3.9)")
+
+
+def hooked(name):
+    config = json.loads((FOLDER / name / "config.json").read_text())
+    model = zoo.HookedTransformer(zoo.HookedTransformerConfig(**config))
+    model.load_state_dict(load_file(FOLDER / name / "model.safetensors"), strict=False)
+    return model.eval()
+
+
+def bridged(name):
+    convert = pytest.importorskip(
+        "transformer_lens.utilities.tl_checkpoint_conversion", reason="the converter came with transformer-lens 4"
+    )
+    config = json.loads((FOLDER / name / "config.json").read_text())
+    config = zoo.TransformerBridgeConfig(**{k: v for k, v in config.items()}, architecture="TransformerLensNative")
+    model = zoo.TransformerBridge.boot_native(config).eval()
+    state = {k: v for k, v in load_file(FOLDER / name / "model.safetensors").items() if "rotary_" not in k}
+    model.load_state_dict(convert.convert_tl_checkpoint(state, config))
+    return model
+
+
+def sorted_lists(many, seed=0):
+    """10 distinct numbers of 0..50, the separator 51, the same numbers sorted."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.rand(many, 51, generator=generator).argsort(1)[:, :10]
+    return torch.cat([numbers, torch.full((many, 1), 51), numbers.sort(1).values], 1)
+
+
+def show(name, d, tokens, seconds, task):
+    found, g = verify(d, tokens, batch_size=32), d.importances(tokens)
+    with torch.no_grad():
+        logits, hard = d.model(tokens, return_type="logits"), d.run(tokens, masks.hard(g))
+    allocated = sum(c.C for c in d.components.values())
+    print(f"\n{name}: {d.steps_done} steps in {seconds:.0f} s; {sum(found.l0.values()):.1f} of {allocated} subcomponents active per token")
+    print(found)
+    print(f"task, original {task(logits):.4f}, with hard masks {task(hard):.4f}")
+    assert torch.isfinite(torch.tensor([v for v in found.as_dict().values() if isinstance(v, float)])).all()
+    assert found.faithfulness < 0.1  # the paper's sign of failure
+    return found
+
+
+@needs_hooked
+def test_sorted_list():
+    model, start = hooked("sorted_list"), time.perf_counter()
+    d = decompose(model, sorted_lists(4096), SPDConfig(steps=300), progress=False)
+    tokens = sorted_lists(256, seed=1)
+
+    def accuracy(logits):
+        return float((logits[:, 10:20].argmax(-1) == tokens[:, 11:]).float().mean())
+
+    show("sorted_list", d, tokens, time.perf_counter() - start, accuracy)
+
+
+@pytest.mark.parametrize("load", [pytest.param(hooked, marks=needs_hooked), bridged])
+def test_stories260k(load):
+    model, start = load("stories260k"), time.perf_counter()
+    tokens = load_file(FOLDER / "stories260k" / "samples.safetensors")["tokens"].long()
+    d = decompose(model, tokens[:224], SPDConfig(steps=200, batch_size=8), progress=False)
+
+    def loss(logits):
+        return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[224:, 1:].flatten()))
+
+    show(f"stories260k in a {type(model).__name__}", d, tokens[224:], time.perf_counter() - start, loss)

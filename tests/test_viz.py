@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from spd_lens import viz
+
+HOSTILE = ["</script>", "<img onerror=alert(1)>", "a\nb", "", "\u202e"]
+
+
+def importances():
+    g = torch.zeros(2, 5, 3)
+    g[1, 2, 1] = 0.8
+    return {"blocks.0.attn.W_Q": g}
+
+
+def test_the_heatmap_shows_ever_active_subcomponents_of_that_sequence():
+    figure = viz.importance_heatmap(importances(), HOSTILE, {"blocks.0.attn.W_Q": "Q0"}, sequence=1)
+    assert list(figure.data[0].y) == ["Q0 · 1"] and figure.data[0].z[0][2] == pytest.approx(0.8)
+    assert figure.layout.title.text and figure.layout.xaxis.title.text and figure.layout.yaxis.title.text
+    assert list(viz.importance_heatmap(importances(), HOSTILE).data[0].y) == ["none active"]
+
+
+def test_tokens_are_escaped():
+    page = viz.importance_heatmap(importances(), HOSTILE, sequence=1).to_json()
+    assert "<img" not in page and "</script>" not in page
+
+
+def test_census_bars_put_the_paper_beside():
+    own = {"Q0": {"s1": 0.1, "m": 1.0}, "K0": {"s1": 1.0, "m": 0.0}}
+    figure = viz.census_bars(own, own, ("s1", "m"))
+    assert len(figure.data) == 4 and len(viz.census_bars(own, None, ("s1", "m")).data) == 2
+
+
+def test_training_curves():
+    history = [{"step": s, "total": 1.0, "faithfulness": 0.1 / s, "stochastic": 0.2 / s, "active": {"a": 1.0, "b": 2.0}} for s in (1, 2)]
+    assert [trace.name for trace in viz.training_curves(history).data] == ["faithfulness", "stochastic", "a", "b"]
+    many = [{"step": 1, "total": 1.0, "active": {str(i): 1.0 for i in range(9)}}]
+    assert viz.training_curves(many).data[-1].y == (9.0,)
+    assert viz.training_curves([]).layout.title.text == "Training"
+
+
+def test_the_circuit_names_what_is_active_where():
+    figure = viz.positional_attention_circuit(
+        {"s1": {"K0": [2], "Q0": []}, "m": {"V1": [1, 2, 3, 4, 5]}, "s2": {}}, {"m→s1": 0.5, "s2→m": 0.9}, {"K0": 0.1},
+        {"s1": "s", "m": "m", "s2": "s"},
+    )  # fmt: skip
+    texts = " ".join(annotation.text for annotation in figure.layout.annotations)
+    assert "<b>K0</b>  2" in texts and "5 of them" in texts and "0.50" in texts and "Q0" not in texts
