@@ -120,7 +120,7 @@ class Decomposition:
             index = torch.tensor(replaced, device=tokens.device)
 
             def some(passage: Passage) -> Tensor:
-                def rows(t: Tensor | None) -> Tensor | None:
+                def rows(t: Any) -> Any:
                     return None if t is None else t.unflatten(-3, (many, batch)).index_select(-4, index).flatten(-4, -3)
 
                 part = Passage(rows(passage.x), rows(passage.y), passage.bias, rows(passage.by_head))

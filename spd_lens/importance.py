@@ -123,6 +123,8 @@ class _MLPs(nn.Module):
 class ScalarImportance(Importance):
     """An MLP per subcomponent on its inner activation `v_c·x_n` (arXiv 2506.20790, section 2.3)."""
 
+    scale: Tensor
+
     def __init__(self, scale: Float[Tensor, " C"], width: int, bias: float, generator: torch.Generator):
         super().__init__()
         C = len(scale)
@@ -139,6 +141,8 @@ class ScalarImportance(Importance):
 
 class VectorImportance(Importance):
     """An MLP per subcomponent on the site's whole input."""
+
+    scale: Tensor
 
     def __init__(self, d_in: int, C: int, scale: Float[Tensor, ""], width: int, bias: float, generator: torch.Generator):
         super().__init__()
@@ -159,6 +163,8 @@ class AttentionImportance(Importance):
         context: positions that the learned encodings reach; farther ones share the last entry.
         causal: False where the model itself attends both ways.
     """
+
+    scale: Tensor
 
     def __init__(
         self, d_in: int, C: int, scale: Float[Tensor, ""], width: int, bias: float, generator: torch.Generator,

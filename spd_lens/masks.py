@@ -103,8 +103,8 @@ def one_at_a_time(names: Sequence[str], draw: Draw) -> list[list[str]]:
     many = draw.layerwise_sites
     if many is None or many >= len(names):
         return [[name] for name in names]
-    order = torch.randperm(len(names), generator=draw.generator, device=draw.generator.device)
-    return [[names[i]] for i in order[:many].tolist()]
+    order: list[int] = torch.randperm(len(names), generator=draw.generator, device=draw.generator.device).tolist()
+    return [[names[i]] for i in order[:many]]
 
 
 def random_subset(names: Sequence[str], draw: Draw) -> list[list[str]]:

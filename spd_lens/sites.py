@@ -290,7 +290,7 @@ class _Arrive:
         for visit in self.visits:
             visit.arm()
         for point in self.points.values():
-            order = point._forward_hooks
+            order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
             own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
             for key, function in reversed(own):
                 if isinstance(function, _Override) and key in order:
@@ -459,7 +459,7 @@ def frozen(model: Any) -> Iterator[None]:
 def reproducible() -> Iterator[None]:
     """Sums in a fixed order, so that the same seed gives the same bits (on a CPU: the backward of indexing adds in any order)."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore

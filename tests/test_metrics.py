@@ -14,15 +14,15 @@ def loud():
         else zoo.native(normalization_type=None, attn_only=True)
     )
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mbed" in name or "head" in name:
-                parameter.mul_(3.0)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # matrices 0.2, token embeddings 0.7
+                parameter.mul_((0.7 if zoo.VOCABULARY in parameter.shape else 0.2) / parameter.std())
     return model
 
 
 def decided(model, importance: float, copies: int, strength: float) -> Decomposition:
     """Every importance the same number; W in `copies` equal shares, times `strength`."""
-    d = decompose(model, zoo.tokens(4), SPDConfig(steps=0, subcomponents=32, importance="vector", output_positions="all"), progress=False)
+    d = decompose(model, zoo.tokens(4), SPDConfig(steps=0, subcomponents=32, importance="vector", gate_width=1), progress=False)
     with torch.no_grad():
         for name, c in d.components.items():
             c.V.data, c.U.data = c.V.repeat(1, copies) / copies * strength, c.U.repeat(copies, 1)
@@ -35,7 +35,7 @@ def decided(model, importance: float, copies: int, strength: float) -> Decomposi
 def test_verify_exposes_a_count_that_leans_on_half_strength():
     """No subcomponent counts as active, stochastic masks reconstruct the model, and hard masks show that it is a cheat."""
     model, tokens = loud(), zoo.tokens(40)
-    cheat = verify(decided(model, -1.0, copies=64, strength=2.0), tokens)
+    cheat = verify(decided(model, -1.0, copies=256, strength=2.0), tokens)
     honest = verify(decided(model, 2.0, copies=1, strength=1.0), tokens)
     assert sum(cheat.l0.values()) == 0 and cheat.kl_stochastic < 0.05  # a perfect count and a fine stochastic KL
     assert min(cheat.kl_hard, cheat.kl_alive_only, cheat.kl_importance) > 20 * cheat.kl_stochastic

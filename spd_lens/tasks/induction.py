@@ -98,7 +98,7 @@ def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
                                  attn_only=True, normalization_type=None)  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not bridge:
+        if not bridge and HookedTransformer is not None and HookedTransformerConfig is not None:
             model = HookedTransformer(HookedTransformerConfig(**shape, positional_embedding_type="shortformer", seed=None))
         else:
             from transformer_lens.config import TransformerBridgeConfig
