@@ -23,12 +23,15 @@ from spd_lens.storage import check_writable, write_text
 from spd_lens.tasks import induction
 from spd_lens.training import decompose
 
+WIDTH = 110
 REPORT_BYTES = 8_000_000  # plotly itself, and our figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:  # a log file has room for a table
+        console.width = max(console.width, WIDTH)
     warnings.filterwarnings("ignore", module="transformer_lens")  # HookedTransformer's deprecation notice is not the reader's business
     try:
         options.call(options, console)
@@ -127,9 +130,9 @@ def _bench_step(options: argparse.Namespace, console: Console) -> None:
 
 def _print(console: Console, frame: pd.DataFrame, title: str) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(str(frame.index.name or ""))
+    table.add_column(str(frame.index.name or ""), no_wrap=True)
     for column in frame.columns:
-        table.add_column(str(column), justify="right")
+        table.add_column(str(column), justify="right", no_wrap=True)
     for row, values in frame.iterrows():
         table.add_row(str(row), *map(str, values))
     console.print(table)

@@ -39,7 +39,7 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str, Any]]) -> str
             shown = plotly.io.to_html(content, include_plotlyjs=False, full_html=False, div_id=f"figure-{number}",
                                       config={"displaylogo": False, "responsive": True})  # fmt: skip
         elif isinstance(content, pd.DataFrame):
-            shown = f'<div class="scroll">{content.to_html(border=0, escape=True)}</div>'
+            shown = f'<div class="scroll">{content.reset_index().to_html(border=0, escape=True, index=False)}</div>'
         kind = "warn" if heading.startswith("Warning") else "note"
         parts.append(f'<section><h2>{escape(heading)}</h2><p class="{kind}">{escape(explanation)}</p>{shown}</section>')
     return (

@@ -9,6 +9,8 @@ One step:
 """
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -297,25 +299,51 @@ def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, 
     data.skip(d.steps_done)
     line = max(1, config.steps // 100)
     bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
+    whole = True  # whether the state is that between two steps
     try:
-        while d.steps_done < config.steps:
-            result = trainer.step(data.take(d.steps_done, trainer.draw.generator))
-            if result.step % line == 0 or result.step == config.steps:
-                d.history.append(result.figures())
-                bar.set_postfix_str(_postfix(d, d.history[-1]), refresh=False)
-            bar.update()
-            if checkpoint is not None and result.step % checkpoint_every == 0:
-                save_checkpoint(checkpoint, trainer)
-            for callback in callbacks:
-                callback(result)
+        with interrupts_wait() as interrupted:
+            while d.steps_done < config.steps:
+                whole = False
+                result = trainer.step(data.take(d.steps_done, trainer.draw.generator))
+                whole = True
+                if result.step % line == 0 or result.step == config.steps:
+                    d.history.append(result.figures())
+                    bar.set_postfix_str(_postfix(d, d.history[-1]), refresh=False)
+                bar.update()
+                if checkpoint is not None and result.step % checkpoint_every == 0:
+                    save_checkpoint(checkpoint, trainer)
+                for callback in callbacks:
+                    callback(result)
+                if interrupted():
+                    raise KeyboardInterrupt
     except KeyboardInterrupt:
-        if checkpoint is not None:
+        if checkpoint is not None and whole:
             save_checkpoint(checkpoint, trainer)
         raise
     finally:
         bar.close()
     if checkpoint is not None and config.steps and d.steps_done % checkpoint_every:
         save_checkpoint(checkpoint, trainer)
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, so that a whole step is kept; a second one does not wait."""
+    pressed: list[int] = []
+
+    def press(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:

@@ -81,7 +81,7 @@ def census_bars(
         "Active subcomponents by position",
         380,
         barmode="group",
-        legend=dict(title="position", orientation="h", y=1.18, x=1, xanchor="right"),
+        legend=dict(title="position", orientation="h", y=-0.25),
     )
 
 
@@ -140,9 +140,9 @@ def positional_attention_circuit(
     for layer, (source, target) in enumerate((("s1", "m"), ("m", "s2"))):
         key = f"{target}→{source}"
         y = 2.0 * layer + 1.0
-        figure.add_annotation(x=at[target] - 0.08, y=y + 0.75, ax=at[source] + 0.08, ay=y + 0.75, axref="x", ayref="y", text="", showarrow=True, arrowhead=2,
+        figure.add_annotation(x=at[target] - 0.08, y=y + 0.78, ax=at[source] + 0.08, ay=y + 0.78, axref="x", ayref="y", text="", showarrow=True, arrowhead=2,
                               arrowwidth=1 + 5 * attention[key], arrowcolor="#444444")  # fmt: skip
-        figure.add_annotation(x=(at[source] + at[target]) / 2, y=y + 0.95, showarrow=False, font_size=13,
+        figure.add_annotation(x=(at[source] + at[target]) / 2, y=y + 1.02, showarrow=False, font_size=13,
                               text=f"layer {layer}: {target} attends to {source} with {attention[key]:.2f}")  # fmt: skip
         figure.add_annotation(x=-0.75, y=y, text=f"<b>layer {layer}</b>", showarrow=False, font_size=14)
     for position, sites in active.items():
@@ -156,5 +156,5 @@ def positional_attention_circuit(
             figure.add_annotation(x=at[position], y=height[short], text=text, showarrow=False, bordercolor=colours[short[0]], borderwidth=2,
                                   borderpad=5, bgcolor="white", font=dict(color="#222222", size=13))  # fmt: skip
     figure.update_xaxes(visible=False, range=[-1.0, len(at) - 0.5])
-    figure.update_yaxes(visible=False, range=[-0.35, 4.15])
+    figure.update_yaxes(visible=False, range=[-0.35, 4.25])
     return _finish(figure, "The circuit: subcomponents active at each position, and the attention between them", 520, showlegend=False)

@@ -1,3 +1,5 @@
+import signal
+
 import pytest
 import torch
 
@@ -125,15 +127,19 @@ def test_resuming_gives_the_same_bits(model, tmp_path, iterable):
     assert same(weights_of(whole), weights_of(resumed)) and resumed.history == whole.history
 
 
-def test_interrupting_keeps_a_checkpoint(model, tmp_path):
+@pytest.mark.parametrize("how", ["raised", "signal"])
+def test_interrupting_keeps_a_checkpoint(model, tmp_path, how):
     def interrupt(result):
-        if result.step == 2:
+        if result.step == 2 and how == "raised":
             raise KeyboardInterrupt
+        if result.step == 2:
+            signal.raise_signal(signal.SIGINT)
 
     path, config = tmp_path / "c.safetensors", SPDConfig(**QUICK)
     with pytest.raises(KeyboardInterrupt):
         decompose(model, zoo.tokens(16), config, progress=False, checkpoint=path, callbacks=[interrupt])
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = decompose(model, zoo.tokens(16), config, progress=False, checkpoint=path, resume=True)
     assert same(weights_of(resumed), weights_of(decompose(model, zoo.tokens(16), config, progress=False)))
 

@@ -1,0 +1,57 @@
+"""The code of README and docs runs as it stands, on a small model where it names one from the hub."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import spd_lens
+from tests import zoo
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
+
+
+def small_model():
+    model = zoo.wrapped("gpt2")
+    object.__setattr__(model, "to_tokens", lambda texts: zoo.tokens(len(texts)))
+    return model
+
+
+@pytest.mark.parametrize("number", range(2))
+@pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank")
+def test_the_readmes_code(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("README.md")[number]
+    code = re.sub(r"(HookedTransformer.from_pretrained|TransformerBridge.boot_transformers)\(\"gpt2\"\)", "small_model()", code)
+    if zoo.HookedTransformer is None:
+        code = code.replace("from transformer_lens import HookedTransformer\n", "")
+    code = re.sub(r"steps=\d+", "steps=2, batch_size=2, gate_width=2", code)
+    scope = {"small_model": small_model}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["decomposition"].steps_done == 2
+
+
+def test_a_loss_of_ones_own_as_the_docs_show_it():
+    from spd_lens.losses import LOSSES
+
+    before = dict(LOSSES)
+    try:
+        scope = {"spd_lens": spd_lens}
+        exec(blocks("docs/training.md")[2], scope)
+        config = scope["config"].replace(steps=2, batch_size=2, gate_width=2, subcomponents=33, sites="*.W_Q")
+        losses = []
+        spd_lens.decompose(zoo.native(), zoo.tokens(4), config, progress=False, callbacks=[lambda r: losses.append(set(r.losses))])
+        assert "sparsity" in losses[0]
+    finally:
+        LOSSES.clear()
+        LOSSES.update(before)
+
+
+def test_links_lead_somewhere():
+    for path in ("README.md", *(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / path).read_text()):
+            assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
