@@ -4,7 +4,7 @@ BIN     = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint picture clean
 
 demo: $(VENV)/installed  ## install, then take the induction circuit apart: out/induction/report.html
 	$(BIN)/spd-lens induction --out out/induction
@@ -16,6 +16,12 @@ test: $(VENV)/installed lint  ## install, then every test
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+picture: out/induction/report.html  ## the README's picture: the head of the demo's report (needs chromium)
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=8000 --window-size=1100,790 \
+	  --screenshot=docs/circuit.png file://$(CURDIR)/$<
+
+out/induction/report.html: demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

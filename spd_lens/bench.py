@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from spd_lens.sites import find_sites, frozen
+from spd_lens.guards import frozen
+from spd_lens.sites import find_sites
 from spd_lens.tasks import induction
 from spd_lens.training import Trainer, initialised
 

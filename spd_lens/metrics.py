@@ -17,8 +17,8 @@ from torch import Tensor
 from spd_lens import masks
 from spd_lens.decomposition import Decomposition, Observation
 from spd_lens.errors import SPDError
+from spd_lens.guards import frozen
 from spd_lens.losses import compared, kl_divergence, mean_squared_delta
-from spd_lens.sites import frozen
 
 ASCENT_STEPS, ASCENT_RATE = 20, 0.1
 

@@ -10,8 +10,7 @@ A site's input is not at a hook in every case (HookedTransformer adds LayerNorm'
 inside the block). There a one-shot torch pre-hook on the attention or MLP module, armed at the entry of the block, takes it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -440,30 +439,3 @@ def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:
 
 def model_device(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """The model without gradients of its own; given back as it was."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """Sums in a fixed order, so that the same seed gives the same bits (on a CPU: the backward of indexing adds in any order)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,9 +25,6 @@ from spd_lens.errors import SPDError
 from spd_lens.importance import build_importance
 from spd_lens.losses import mean_squared_delta
 from spd_lens.sites import find_sites, is_causal
-
-if TYPE_CHECKING:
-    from spd_lens.training import Trainer
 
 FORMAT = 1
 DESCRIPTION, TENSORS = "decomposition.json", "decomposition.safetensors"
@@ -85,6 +82,8 @@ def read_tensors(path: Path, device: torch.device) -> tuple[dict[str, Tensor], d
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = json.loads((file.metadata() or {})["spd_lens"])
+            if not isinstance(about, dict):
+                raise ValueError("its description is no JSON object")
             return {key: file.get_tensor(key) for key in file.keys()}, about  # noqa: SIM118
     except FileNotFoundError:
         raise SPDError(f"{path} does not exist.") from None
@@ -137,7 +136,7 @@ def load_decomposition(folder: str | Path, model: Any) -> Decomposition:
     if about.get("identity") != identity:
         raise SPDError(f"{folder}: {DESCRIPTION} and {TENSORS} belong to two different decompositions; save it again.")
     decomposition = _skeleton(model, sites, counts, config, reach)
-    _fill(decomposition, state, str(folder / TENSORS))
+    fill(decomposition, state, str(folder / TENSORS))
     decomposition.steps_done, decomposition.history = steps_done, history
     _expect_same_model(decomposition, described, folder)
     return decomposition
@@ -170,7 +169,8 @@ def _skeleton(model: Any, sites: dict, counts: Mapping[str, int], config: SPDCon
     return Decomposition(model, sites, components, gates, config)
 
 
-def _fill(decomposition: Decomposition, state: Mapping[str, Tensor], source: str) -> None:
+def fill(decomposition: Decomposition, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy tensors read from `source` into a decomposition: exactly its leaves, each of its shape, or an error that names one."""
     own = decomposition.state()
     for name in state.keys() - own.keys():
         raise SPDError(f"{source}: {name} belongs to no part of this decomposition.")
@@ -201,42 +201,3 @@ def _expect_same_model(decomposition: Decomposition, described: Mapping[str, Any
 
 def _squared_delta(decomposition: Decomposition, name: str) -> float:
     return float(mean_squared_delta({name: decomposition.sites[name]}, decomposition.components).detach())
-
-
-def save_checkpoint(path: Path, trainer: "Trainer") -> None:
-    """Everything a training needs to go on as if it had not stopped."""
-    d = trainer.decomposition
-    tensors = {f"decomposition.{name}": value for name, value in d.state().items()}
-    for index, slots in trainer.optimiser.state_dict()["state"].items():
-        tensors |= {f"optimiser.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-    tensors |= {f"adversary.{name}": r for name, r in trainer.draw.sources.items()}
-    tensors["generator"] = trainer.draw.generator.get_state()
-    write_tensors(path, tensors, {"format": FORMAT, "config": d.config.to_json(), "steps_done": d.steps_done, "history": d.history})
-
-
-def load_checkpoint(path: Path, trainer: "Trainer") -> None:
-    """Put a training where `save_checkpoint` left it.
-
-    Raises:
-        SPDError: the file is cut short or not ours, or was written under another config or for another model.
-    """
-    d = trainer.decomposition
-    tensors, about = read_tensors(path, torch.device("cpu"))
-    now = json.loads(json.dumps(d.config.to_json()))
-    changed = [key for key in now if now[key] != about.get("config", {}).get(key)]
-    if about.get("format") != FORMAT or changed:
-        raise SPDError(f"{path} was written under another config (other: {', '.join(changed)}); resume with the same, or start anew.")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, _, rest = key.partition(".")
-        parts.setdefault(part, {})[rest] = value
-    _fill(d, parts.get("decomposition", {}), str(path))
-    state = trainer.optimiser.state_dict()
-    for key, value in parts.get("optimiser", {}).items():
-        index, slot = key.split(".")
-        state["state"].setdefault(int(index), {})[slot] = value
-    trainer.optimiser.load_state_dict(state)
-    device = d.parameters()[0].device
-    trainer.draw.sources = {name: r.to(device) for name, r in parts["adversary"].items()}
-    trainer.draw.generator.set_state(parts["generator"][""])
-    d.steps_done, d.history = about["steps_done"], about["history"]

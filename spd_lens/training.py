@@ -8,9 +8,8 @@ One step:
 5. backward through 3 and 4 as far as the importance logits, then through the importance functions, then Adam.
 """
 
+import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,10 +27,11 @@ from spd_lens.components import check_weight, initialise
 from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition, check_tokens
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import frozen, interrupts_wait, reproducible
 from spd_lens.importance import build_importance, lower_leaky, upper_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
-from spd_lens.sites import Site, find_sites, frozen, is_causal, model_device, reproducible
-from spd_lens.storage import check_writable, load_checkpoint, save_checkpoint
+from spd_lens.sites import Site, find_sites, is_causal, model_device
+from spd_lens.storage import FORMAT, check_writable, fill, read_tensors, write_tensors
 
 ADVERSARY_STEP = 0.1
 IDENTITY_TOLERANCE = 1e-3  # of the logits' largest value: far above rounding, far below a matrix at the wrong place
@@ -106,7 +106,7 @@ def decompose(
         check_identity(decomposition, data.example[:2])
         trainer = Trainer(decomposition)
         if checkpoint is not None and checkpoint.exists():
-            load_checkpoint(checkpoint, trainer)
+            trainer.load(checkpoint)
         fit(trainer, data, progress, checkpoint, checkpoint_every, list(callbacks))
     return decomposition
 
@@ -286,6 +286,44 @@ class Trainer:
             gradients = {name: r.grad for name, r in adversary.items() if r.grad is not None}
             self.draw.sources = {**self.draw.sources, **masks.ascend({n: adversary[n] for n in gradients}, gradients, ADVERSARY_STEP)}
 
+    def save(self, path: Path) -> None:
+        """Everything that it takes to go on as if the training had not stopped, in one file."""
+        d = self.decomposition
+        tensors = {f"decomposition.{name}": value for name, value in d.state().items()}
+        for index, slots in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
+        tensors |= {f"adversary.{name}": r for name, r in self.draw.sources.items()}
+        tensors["generator.state"] = self.draw.generator.get_state()
+        about = {"format": FORMAT, "config": d.config.to_json(), "steps_done": d.steps_done, "history": d.history}
+        write_tensors(path, tensors, about)
+
+    def load(self, path: Path) -> None:
+        """Go back to where `save` was called.
+
+        Raises:
+            SPDError: the file is cut short or not ours, or was written under another config or for another model.
+        """
+        d = self.decomposition
+        tensors, about = read_tensors(path, torch.device("cpu"))
+        now, then = json.loads(json.dumps(d.config.to_json())), about.get("config", {})
+        changed = [key for key in now if now[key] != then.get(key)]
+        if about.get("format") != FORMAT or changed:
+            raise SPDError(f"{path} was written under another config (other: {', '.join(changed)}); resume with the same, or start anew.")
+        parts: dict[str, dict[str, Tensor]] = {"decomposition": {}, "optimiser": {}, "adversary": {}, "generator": {}}
+        for key, value in tensors.items():
+            part, _, rest = key.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        fill(d, parts["decomposition"], str(path))
+        state = self.optimiser.state_dict()
+        for key, value in parts["optimiser"].items():
+            index, slot = key.split(".")
+            state["state"].setdefault(int(index), {})[slot] = value
+        self.optimiser.load_state_dict(state)
+        device = d.parameters()[0].device
+        self.draw.sources = {name: r.to(device) for name, r in parts["adversary"].items()}
+        self.draw.generator.set_state(parts["generator"]["state"])
+        d.steps_done, d.history = about["steps_done"], about["history"]
+
     def _check(self, losses: Mapping[str, Tensor]) -> None:
         for name, loss in losses.items():
             if not torch.isfinite(loss):
@@ -311,39 +349,19 @@ def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, 
                     bar.set_postfix_str(_postfix(d, d.history[-1]), refresh=False)
                 bar.update()
                 if checkpoint is not None and result.step % checkpoint_every == 0:
-                    save_checkpoint(checkpoint, trainer)
+                    trainer.save(checkpoint)
                 for callback in callbacks:
                     callback(result)
                 if interrupted():
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         if checkpoint is not None and whole:
-            save_checkpoint(checkpoint, trainer)
+            trainer.save(checkpoint)
         raise
     finally:
         bar.close()
     if checkpoint is not None and config.steps and d.steps_done % checkpoint_every:
-        save_checkpoint(checkpoint, trainer)
-
-
-@contextmanager
-def interrupts_wait() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the step, so that a whole step is kept; a second one does not wait."""
-    pressed: list[int] = []
-
-    def press(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before or signal.default_int_handler)
+        trainer.save(checkpoint)
 
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:

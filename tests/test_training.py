@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks
+from spd_lens.guards import frozen
 from spd_lens.importance import lower_leaky, upper_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
-from spd_lens.sites import find_sites, frozen
+from spd_lens.sites import find_sites
 from spd_lens.training import Trainer, initialised
 from tests import zoo
 

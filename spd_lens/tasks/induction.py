@@ -24,8 +24,8 @@ from spd_lens import masks
 from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
+from spd_lens.guards import reproducible
 from spd_lens.metrics import LABELS, Verification, census, verify
-from spd_lens.sites import reproducible
 from spd_lens.storage import read_tensors, write_tensors
 
 try:
