@@ -9,7 +9,7 @@ export TRANSFORMERS_OFFLINE = 1
 demo: $(VENV)/installed  ## install, then take the induction circuit apart: out/induction/report.html
 	$(BIN)/spd-lens induction --out out/induction
 
-test: $(VENV)/installed lint  ## install, then every test
+test: $(VENV)/installed  ## install, then every test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 	$(BIN)/python -m pytest -m slow
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from spd_lens.config import SPDConfig
 from spd_lens.guards import frozen
 from spd_lens.sites import find_sites
 from spd_lens.tasks import induction
@@ -17,7 +18,7 @@ MEGABYTE = 1024  # of ru_maxrss, which counts KiB on Linux
 
 
 def bench_step(batch: int, subcomponents: int, importance: str, threads: int, device: str, steps: int = 5) -> dict[str, Any]:
-    """Training steps on the induction toy (q, k, v of two layers, 64 tokens, the paper's losses) after one that warms up.
+    """Training steps on the induction toy (q, k, v of two layers, 64 tokens, the paper's losses: 8 masked passes) after one that warms up.
 
     Returns:
         the names of DESIGN: steps/s, CPU seconds per step, peak memory, the share of each part of the step; and
@@ -26,7 +27,7 @@ def bench_step(batch: int, subcomponents: int, importance: str, threads: int, de
     torch.set_num_threads(threads)
     with contextlib.redirect_stdout(io.StringIO()):  # HookedTransformer announces where it moves
         model = induction.build_target(0).to(device)
-    config = induction.config(subcomponents=subcomponents, importance=importance, batch_size=batch, layerwise_sites=None)
+    config = SPDConfig.paper(subcomponents=subcomponents, importance=importance, batch_size=batch)
     data = induction.batches(batch, 0)
     with frozen(model):
         decomposition = initialised(model, find_sites(model, config.sites), next(data).to(device)[:32], config)
