@@ -11,7 +11,7 @@ demo: $(VENV)/installed  ## install, then take the induction circuit apart: out/
 
 test: $(VENV)/installed  ## install, then every test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -rP
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -64,9 +64,9 @@ DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
     "faithfulness": ((0.0, 1e3), (0.75, 1e3), (0.75, 3e4)),
     "stochastic": 1.0,
     "layerwise": 1.0,
-    "adversarial": ((0.26, 0.0), (0.26, 0.5)),
-    "minimality": ((0.0, 0.2), (0.26, 0.2), (0.26, 0.02)),
-    "frequency": ((0.0, 0.012), (0.57, 0.012), (0.57, 0.0)),
+    "adversarial": ((0.26, 0.0), (0.26, 1.0)),
+    "minimality": ((0.0, 0.2), (0.26, 0.2), (0.26, 0.03)),
+    "frequency": ((0.0, 0.02), (0.75, 0.02), (0.75, 0.01)),
 }
 
 
@@ -104,7 +104,7 @@ class SPDConfig:
     gate_bias: float = 1.0
     distance_decay: float = 0.3
     init: Initialisation | str = "svd"
-    steps: int = 2200
+    steps: int = 2400
     batch_size: int = 32
     learning_rate: ScheduleLike = ((0.0, 5e-3), (0.75, 1e-3), (1.0, 0.0))
     output_positions: Positions | str = "all"
