@@ -18,7 +18,7 @@ lint: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 picture: out/induction/report.html  ## the README's picture: the head of the demo's report (needs chromium)
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=8000 --window-size=1100,790 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=8000 --window-size=1100,815 \
 	  --screenshot=docs/circuit.png file://$(CURDIR)/$<
 
 out/induction/report.html: demo

@@ -125,6 +125,11 @@ class Verification:
         """The cheat: fine under stochastic masks, broken once the inactive subcomponents are cut."""
         return self.kl_hard > max(0.1, 10 * self.kl_stochastic)
 
+    @property
+    def beside_a_count(self) -> str:
+        """What has to stand next to every count, in one line."""
+        return f"KL hard {self.kl_hard:.1e}, alive-only {self.kl_alive_only:.1e}, adversarial {self.kl_adversarial:.1e} nats"
+
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

@@ -80,20 +80,33 @@ def induction_page(outcome: Outcome) -> str:
             "Accuracy of the original model after its active subcomponents of one site, and only those, are taken out of the weights.",
             pd.DataFrame({"accuracy when cut": outcome.ablated}).rename_axis("site").round(4),
         ),
-        ("By position", "The census as bars.", viz.census_bars(outcome.mean_active, PAPER, ("s1", "m", "s2", "random"))),
+        (
+            "By position",
+            "The census as bars.",
+            viz.census_bars(outcome.mean_active, PAPER, ("s1", "m", "s2", "random"), verification.beside_a_count),
+        ),
         (
             "One sequence",
             "Every subcomponent that is ever active in this sequence. s is the special token.",
             viz.importance_heatmap(outcome.example_importances, outcome.example_labels, outcome.short_names),
         ),
-        ("Training", "Unweighted losses and active subcomponents.", viz.training_curves(outcome.decomposition.history)),
-        ("Settings", "Everything that made this run.", pd.DataFrame({"value": {k: str(v) for k, v in config.to_json().items()}})),
+        (
+            "Training",
+            "Unweighted losses and active subcomponents.",
+            viz.training_curves(outcome.decomposition.history, outcome.short_names),
+        ),
+        (
+            "Settings",
+            "Everything that made this run.",
+            pd.DataFrame({"value": {k: str(v) for k, v in config.to_json().items()}}).rename_axis("setting"),
+        ),
     ]
     if warning := cheat_warning(verification):
         sections.insert(0, ("Warning: this count is a cheat", warning, None))
     lead = (
         f"Seed {outcome.seed}: {outcome.distinct['total']} distinct subcomponents ({outcome.distinct['total_without_s_first']} without the "
-        f"sequences that begin with s), hard-mask accuracy {outcome.accuracy_hard:.4f}, {outcome.seconds:.0f} s in all."
+        f"sequences that begin with s); {verification.beside_a_count}; accuracy with hard masks {outcome.accuracy_hard:.4f}; "
+        f"{outcome.seconds:.0f} s in all."
     )
     return page("The induction circuit in rank-one subcomponents", lead, sections)
 

@@ -58,9 +58,12 @@ def importance_heatmap(
 
 
 def census_bars(
-    mean_active: Mapping[str, Mapping[str, float]], paper: Mapping[str, Mapping[str, float]] | None, positions: Sequence[str]
+    mean_active: Mapping[str, Mapping[str, float]], paper: Mapping[str, Mapping[str, float]] | None, positions: Sequence[str], checks: str
 ) -> go.Figure:
-    """Mean number of active subcomponents per site and position, with published figures beside where there are any."""
+    """Mean number of active subcomponents per site and position, with published figures beside where there are any.
+
+    `checks` (`Verification.beside_a_count`) goes into the title: no count without it.
+    """
     colours = dict(zip(positions, (BLUE, ORANGE, GREEN, GREY, PURPLE)))
     figure = make_subplots(
         1,
@@ -78,15 +81,15 @@ def census_bars(
     figure.update_xaxes(title="site")
     return _finish(
         figure,
-        "Active subcomponents by position",
+        f"Active subcomponents by position ({checks})",
         380,
         barmode="group",
         legend=dict(title="position", orientation="h", y=-0.25),
     )
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> go.Figure:
-    """Every loss (unweighted) and the number of active subcomponents per position, over training steps."""
+def training_curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None) -> go.Figure:
+    """Every loss (unweighted) and the number of active subcomponents per position, over training steps; `names`: site → short."""
     figure = make_subplots(1, 2, subplot_titles=("losses (KL in nats; others in their own units)", "active subcomponents per position"))
     steps = [line["step"] for line in history]
     losses = [key for key in (history[-1] if history else {}) if key not in ("step", "total", "active")]
@@ -96,7 +99,12 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> go.Figure:
         figure.add_scatter(x=steps, y=[line.get(name) for line in history], name=name, line=dict(color=colour, dash=dash), row=1, col=1)
     for site, colour, dash in zip(history[-1]["active"] if history and len(history[-1]["active"]) <= 8 else [], palette, dashes):
         figure.add_scatter(
-            x=steps, y=[line["active"][site] for line in history], name=site, line=dict(color=colour, dash=dash), row=1, col=2
+            x=steps,
+            y=[line["active"][site] for line in history],
+            name=(names or {}).get(site, site),
+            line=dict(color=colour, dash=dash),
+            row=1,
+            col=2,
         )
     if history and len(history[-1]["active"]) > 8:
         figure.add_scatter(x=steps, y=[sum(line["active"].values()) for line in history], name="all sites", line_color=BLUE, row=1, col=2)

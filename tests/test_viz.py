@@ -26,13 +26,14 @@ def test_tokens_are_escaped():
 
 def test_census_bars_put_the_paper_beside():
     own = {"Q0": {"s1": 0.1, "m": 1.0}, "K0": {"s1": 1.0, "m": 0.0}}
-    figure = viz.census_bars(own, own, ("s1", "m"))
-    assert len(figure.data) == 4 and len(viz.census_bars(own, None, ("s1", "m")).data) == 2
+    figure = viz.census_bars(own, own, ("s1", "m"), "KL hard 1")
+    assert len(figure.data) == 4 and "KL hard 1" in figure.layout.title.text
+    assert len(viz.census_bars(own, None, ("s1", "m"), "").data) == 2
 
 
 def test_training_curves():
     history = [{"step": s, "total": 1.0, "faithfulness": 0.1 / s, "stochastic": 0.2 / s, "active": {"a": 1.0, "b": 2.0}} for s in (1, 2)]
-    assert [trace.name for trace in viz.training_curves(history).data] == ["faithfulness", "stochastic", "a", "b"]
+    assert [trace.name for trace in viz.training_curves(history, {"a": "A"}).data] == ["faithfulness", "stochastic", "A", "b"]
     many = [{"step": 1, "total": 1.0, "active": {str(i): 1.0 for i in range(9)}}]
     assert viz.training_curves(many).data[-1].y == (9.0,)
     assert viz.training_curves([]).layout.title.text == "Training"
