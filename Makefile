@@ -17,11 +17,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-picture: out/induction/report.html  ## the README's picture: the head of the demo's report (needs chromium)
+picture:  ## the README's picture: the head of the report of `make demo` (needs chromium)
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=8000 --window-size=1100,815 \
-	  --screenshot=docs/circuit.png file://$(CURDIR)/$<
-
-out/induction/report.html: demo
+	  --screenshot=docs/circuit.png file://$(CURDIR)/out/induction/report.html
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

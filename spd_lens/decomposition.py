@@ -23,6 +23,7 @@ from spd_lens.sites import Hook, Passage, Rewrite, Site, disarm, model_device, r
 
 TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
 
+ACTS, IMPORTANCE = "hook_spd_acts", "hook_spd_ci"  # names in the cache, after the site's
 STACKED_TOKENS = 1 << 16  # tokens of one stacked pass of `run_many`; more variants take several passes
 
 
@@ -163,14 +164,17 @@ class Decomposition:
 
             return rewrite
 
+        wanted = _names_filter(options.get("names_filter"))
+        if isinstance(names := options.get("names_filter"), (str, list, tuple)):  # the model does not know our names
+            asked = [names] if isinstance(names, str) else names
+            options["names_filter"] = [name for name in asked if name.rsplit(".", 1)[-1] not in (ACTS, IMPORTANCE)]
         with self._attached({name: both(name) for name in self.sites}):
             logits, cache = self.model.run_with_cache(tokens, **options)
         with torch.no_grad():
             inner, z = self.importance_logits(inputs)
-        wanted = _names_filter(options.get("names_filter"))
         entries = cache.cache_dict if isinstance(cache, ActivationCache) else cache
         for name in inputs:
-            for suffix, value in (("hook_spd_acts", inner[name]), ("hook_spd_ci", lower_leaky(z[name]))):
+            for suffix, value in ((ACTS, inner[name]), (IMPORTANCE, lower_leaky(z[name]))):
                 if wanted(f"{name}.{suffix}"):
                     drop = options.get("remove_batch_dim", False) and value.shape[0] == 1
                     entries[f"{name}.{suffix}"] = (value[0] if drop else value).detach()

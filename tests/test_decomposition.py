@@ -118,6 +118,11 @@ def test_the_cache_holds_activations_and_importances(untrained, tokens):
     assert "blocks.0.attn.hook_z" in cache.cache_dict
     _, few = untrained.run_with_cache(tokens, names_filter=lambda name: name.endswith("W_Q.hook_spd_ci"))
     assert sorted(few.cache_dict) == ["blocks.0.attn.W_Q.hook_spd_ci", "blocks.1.attn.W_Q.hook_spd_ci"]
+    _, listed = untrained.run_with_cache(tokens, names_filter=["blocks.0.attn.W_Q.hook_spd_ci", "blocks.0.attn.hook_z"])
+    aliases = {"blocks.0.attn.o.hook_in"}  # TransformerBridge may add its own name of hook_z
+    assert set(listed.cache_dict) - aliases == {"blocks.0.attn.W_Q.hook_spd_ci", "blocks.0.attn.hook_z"}
+    _, one = untrained.run_with_cache(tokens, names_filter="blocks.0.mlp.W_in.hook_spd_acts")
+    assert sorted(one.cache_dict) == ["blocks.0.mlp.W_in.hook_spd_acts"]
     masked, _ = untrained.run_with_cache(tokens, masks={n: torch.zeros(()) for n in untrained.sites})
     with torch.no_grad():
         assert torch.allclose(masked, untrained.run(tokens, {n: torch.zeros(()) for n in untrained.sites}))

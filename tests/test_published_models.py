@@ -28,7 +28,7 @@ needs_hooked = pytest.mark.skipif(zoo.HookedTransformer is None, reason="needs H
 
 def hooked(name):
     config = json.loads((FOLDER / name / "config.json").read_text())
-    model = zoo.HookedTransformer(zoo.HookedTransformerConfig(**config))
+    model = zoo.HookedTransformer(zoo.HookedTransformerConfig(**config, device="cpu"))
     model.load_state_dict(load_file(FOLDER / name / "model.safetensors"), strict=False)
     return model.eval()
 
@@ -39,7 +39,7 @@ def bridged(name):
     )
     config = json.loads((FOLDER / name / "config.json").read_text())
     config = zoo.TransformerBridgeConfig(**{k: v for k, v in config.items()}, architecture="TransformerLensNative")
-    model = zoo.TransformerBridge.boot_native(config).eval()
+    model = zoo.TransformerBridge.boot_native(config, device="cpu").eval()
     state = {k: v for k, v in load_file(FOLDER / name / "model.safetensors").items() if "rotary_" not in k}
     model.load_state_dict(convert.convert_tl_checkpoint(state, config))
     return model

@@ -35,7 +35,7 @@ def randomised(model: Any) -> Any:
 
 def hooked(**changes: Any) -> Any:
     torch.manual_seed(0)
-    return randomised(HookedTransformer(HookedTransformerConfig(**{**SHAPE, "seed": 0, **changes})))
+    return randomised(HookedTransformer(HookedTransformerConfig(**{**SHAPE, "seed": 0, "device": "cpu", **changes})))
 
 
 def folded(**changes: Any) -> Any:
@@ -48,7 +48,7 @@ def folded(**changes: Any) -> Any:
 def native(**changes: Any) -> Any:
     torch.manual_seed(0)
     config = TransformerBridgeConfig(**{**SHAPE, "architecture": "TransformerLensNative", "normalization_type": "LN", **changes})
-    return randomised(TransformerBridge.boot_native(config)).eval()
+    return randomised(TransformerBridge.boot_native(config, device="cpu")).eval()
 
 
 def wrapped(kind: str, processing: bool | None = None, **flags: bool) -> Any:

@@ -99,11 +99,11 @@ def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if not bridge and HookedTransformer is not None and HookedTransformerConfig is not None:
-            model = HookedTransformer(HookedTransformerConfig(**shape, positional_embedding_type="shortformer", seed=None))
+            model = HookedTransformer(HookedTransformerConfig(**shape, positional_embedding_type="shortformer", seed=None, device="cpu"))
         else:
             from transformer_lens.config import TransformerBridgeConfig
 
-            model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape, architecture="TransformerLensNative"))
+            model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape, architecture="TransformerLensNative"), device="cpu")
             _give_shortformer_positions(model)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
