@@ -24,7 +24,7 @@ from spd_lens.sites import Hook, Passage, Rewrite, Site, disarm, model_device, r
 TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
 
 ACTS, IMPORTANCE = "hook_spd_acts", "hook_spd_ci"  # names in the cache, after the site's
-STACKED_TOKENS = 1 << 16  # tokens of one stacked pass of `run_many`; more variants take several passes
+STACKED_TOKENS = 1 << 14  # tokens of one stacked pass of `run_many`; more variants take several passes
 
 
 @dataclass(frozen=True, eq=False)

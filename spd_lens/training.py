@@ -3,11 +3,12 @@
 One step:
 1. clean pass: the original logits and the input of every site, without gradients;
 2. inner activations and importances of every site;
-3. the masked passes of every reconstruction loss, stacked into one batch (`Decomposition.run_many`), and their KL;
+3. the masked passes of every reconstruction loss, stacked into a batch (`Decomposition.run_many`), and their KL;
 4. the penalties;
 5. backward through 3 and 4 as far as the importance logits, then through the importance functions, then Adam.
 """
 
+import itertools
 import json
 import math
 import time
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from spd_lens import masks
 from spd_lens.components import check_weight, initialise
 from spd_lens.config import SPDConfig
-from spd_lens.decomposition import Decomposition, check_tokens
+from spd_lens.decomposition import STACKED_TOKENS, Decomposition, check_tokens
 from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import frozen, interrupts_wait, reproducible
 from spd_lens.importance import build_importance, lower_leaky, upper_leaky
@@ -263,28 +264,36 @@ class Trainer:
     def _reconstruct(
         self, tokens: Tensor, original: Tensor, z: Mapping[str, Tensor], weights: Mapping[str, float], losses: dict[str, Tensor]
     ) -> None:
-        """The masked passes of every weighted reconstruction loss in one stack; gradients go to z, V and U."""
-        lower = {name: lower_leaky(value) for name, value in z.items()}
+        """The masked passes of every weighted reconstruction loss, as many at once as `STACKED_TOKENS` allows, each lot followed by its
+        backward pass, so that memory does not grow with their number. Gradients go to z, V and U."""
+        lower = {name: lower_leaky(value.detach()).requires_grad_() for name, value in z.items()}
         adversary = {name: r.requires_grad_() for name, r in self.draw.sources.items()} if "adversarial" in weights else {}
-        variants, spans = [], {}
-        for name in weights:
-            if isinstance(loss := LOSSES[name], Reconstruction):
-                start = len(variants)
-                for chosen in loss.router(list(lower), self.draw):
-                    variants.append(loss.sampler({site: lower[site] for site in chosen}, self.draw))
-                spans[name] = slice(start, len(variants))
-        if not variants:
-            return
         positions = self.config.output_positions
-        masked = compared(self.decomposition.run_many(tokens, variants), positions)
-        divergence = kl_divergence(compared(original, positions), masked).flatten(1).mean(1)
-        terms = {name: divergence[span].mean() for name, span in spans.items()}
+        terms: dict[str, Tensor] = {}
+        variants = self._variants(lower, weights)
+        while lot := list(itertools.islice(variants, max(1, STACKED_TOKENS // tokens.numel()))):
+            masked = compared(self.decomposition.run_many(tokens, [variant for _, _, variant in lot]), positions)
+            divergence = kl_divergence(compared(original, positions), masked).flatten(1).mean(1)
+            shares = divergence.new_tensor([weights[name] * share for name, share, _ in lot])
+            (divergence * shares).sum().backward()
+            for (name, share, _), value in zip(lot, divergence.detach()):
+                terms[name] = terms.get(name, 0.0) + share * value
         self._check(terms)
-        torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
-        losses |= {name: term.detach() for name, term in terms.items()}
+        losses |= terms
+        for name, importance in lower.items():
+            if importance.grad is not None:
+                lower_leaky(z[name]).backward(importance.grad)
         if adversary:
             gradients = {name: r.grad for name, r in adversary.items() if r.grad is not None}
             self.draw.sources = {**self.draw.sources, **masks.ascend({n: adversary[n] for n in gradients}, gradients, ADVERSARY_STEP)}
+
+    def _variants(self, lower: Mapping[str, Tensor], weights: Mapping[str, float]) -> Iterator[tuple[str, float, masks.Masks]]:
+        """(name of the loss, the variant's share in it, masks of the sites that are replaced), drawn as they are asked for."""
+        for name in weights:
+            if isinstance(loss := LOSSES[name], Reconstruction):
+                routed = loss.router(list(lower), self.draw)
+                for chosen in routed:
+                    yield name, 1 / len(routed), loss.sampler({site: lower[site] for site in chosen}, self.draw)
 
     def save(self, path: Path) -> None:
         """Everything that it takes to go on as if the training had not stopped, in one file."""

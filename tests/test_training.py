@@ -49,8 +49,10 @@ def test_the_same_seed_gives_the_same_bits(model):
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
-def test_a_step_is_the_sum_of_its_parts(model):
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_a_step_is_the_sum_of_its_parts(model, at_once, monkeypatch):
     """The trainer's gradient against the losses written down plainly: one `run` per variant, one backward."""
+    monkeypatch.setattr("spd_lens.training.STACKED_TOKENS", at_once * zoo.tokens(3).numel())
     config = SPDConfig(subcomponents=20, batch_size=3, gate_width=4, init="random", layerwise_sites=3,
                        weights={"faithfulness": 10.0, "minimality": 0.1, "frequency": 0.2, "plain": 0.5, "stochastic": 1.0,
                                 "layerwise": 2.0, "partial": 0.7, "adversarial": 0.3})  # fmt: skip
