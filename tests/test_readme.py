@@ -41,7 +41,8 @@ def test_a_loss_of_ones_own_as_the_docs_show_it():
     before = dict(LOSSES)
     try:
         scope = {"spd_lens": spd_lens}
-        exec(blocks("docs/training.md")[2], scope)
+        exec(blocks("docs/training.md")[1], scope)
+        exec(blocks("docs/training.md")[3], scope)
         config = scope["config"].replace(steps=2, batch_size=2, gate_width=2, subcomponents=33, sites="*.W_Q")
         losses = []
         spd_lens.decompose(zoo.native(), zoo.tokens(4), config, progress=False, callbacks=[lambda r: losses.append(set(r.losses))])
