@@ -70,13 +70,16 @@ def show(name, d, tokens, seconds, task):
 @needs_hooked
 def test_sorted_list():
     model, start = hooked("sorted_list"), time.perf_counter()
-    d = decompose(model, sorted_lists(4096), SPDConfig(steps=300), progress=False)
     tokens = sorted_lists(256, seed=1)
 
     def accuracy(logits):
         return float((logits[:, 10:20].argmax(-1) == tokens[:, 11:]).float().mean())
 
-    show("sorted_list", d, tokens, time.perf_counter() - start, accuracy)
+    with torch.no_grad():
+        assert accuracy(model(tokens)) == pytest.approx(0.999, abs=0.003)  # loaded as it was published
+    d = decompose(model, sorted_lists(4096), SPDConfig(steps=300), progress=False)
+    found = show("sorted_list", d, tokens, time.perf_counter() - start, accuracy)
+    assert found.l0.keys() == d.sites.keys() and len(d.sites) == 4
 
 
 @pytest.mark.parametrize("load", [pytest.param(hooked, marks=needs_hooked), bridged])
