@@ -4,7 +4,7 @@ One batch's way: tokens `[b, s]` → *observe* (clean pass: logits, the input of
 masks → *run* (each site writes `((x·V) ∘ mask)·U + bias + δ·x·(W - V·U)`) → masked logits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,7 @@ class Decomposition:
             masks: site → tensor that broadcasts to `[b, s, C]`; sites not named stay as they are.
             delta: how much of `W - V·U` is added back; with all masks 1 and delta 1 the result is the original.
         """
-        return self._forward(self.tokens(tokens), self._replacements(masks, delta))
+        return self._forward(self.tokens(tokens), self._replacements(masks, delta), replacing=masks)
 
     def run_many(self, tokens: Int[Tensor, "b s"], variants: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, "V b s vocabulary"]:
         """`run` for each of several sets of masks `[b, s, C]`, without delta, stacked along the batch: the trainer's fast path."""
@@ -142,7 +142,7 @@ class Decomposition:
 
         Your own hooks win: a patch upstream of a site is seen by its subcomponents, one on the same point comes after.
         """
-        return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta))
+        return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta), replacing=masks)
 
     def run_with_cache(
         self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 0.0, **options: Any
@@ -168,7 +168,7 @@ class Decomposition:
         if isinstance(names := options.get("names_filter"), (str, list, tuple)):  # the model does not know our names
             asked = [names] if isinstance(names, str) else names
             options["names_filter"] = [name for name in asked if name.rsplit(".", 1)[-1] not in (ACTS, IMPORTANCE)]
-        with self._attached({name: both(name) for name in self.sites}):
+        with self._attached({name: both(name) for name in self.sites}, replacing=replace):
             logits, cache = self.model.run_with_cache(tokens, **options)
         with torch.no_grad():
             inner, z = self.importance_logits(inputs)
@@ -262,20 +262,20 @@ class Decomposition:
         return {name: replace(name) for name in masks}
 
     @contextmanager
-    def _attached(self, rewrites: Mapping[str, Rewrite]) -> Iterator[None]:
+    def _attached(self, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Iterator[None]:
         """The model with the rewrites on; on the way out everything is as it was, also after an exception."""
         here, there = next(iter(self.components.values())).V.device, model_device(self.model)
         if here != there:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
-        hooks = rewrite_hooks(self.model, self.sites, rewrites)
+        hooks = rewrite_hooks(self.model, self.sites, rewrites, replacing)
         try:
             with self.model.hooks(fwd_hooks=hooks):
                 yield
         finally:
             disarm(hooks)
 
-    def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite]) -> Tensor:
+    def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         reached = set()
 
         def noting(name: str) -> Rewrite:
@@ -285,7 +285,7 @@ class Decomposition:
 
             return rewrite
 
-        with self._attached({name: noting(name) for name in rewrites}):
+        with self._attached({name: noting(name) for name in rewrites}, replacing):
             logits = self.model(tokens, return_type="logits")
         for name in rewrites:
             if name not in reached:

@@ -10,6 +10,9 @@ training step. `independent_mlps` is the readable form; `fast_independent_mlps` 
 works through the rows in chunks that stay in cache, and recomputes the hidden layer instead of storing it.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -18,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 LEAK = 0.01
 CHUNK = 1 << 19  # hidden activations worked on at once: 2 MiB of float32, about what a core holds in its cache
+CUDA_CHUNK = 1 << 26  # a GPU wants them by the 256 MiB
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -53,45 +57,63 @@ def independent_mlps(
 
 
 class _ChunkedMLPs(torch.autograd.Function):
+    """Works on the transpose, `[C, H, rows]`: there biases ride along with the product and sums run along memory."""
+
     @staticmethod
-    def forward(ctx, x, w1, b1, w2, b2):
+    def forward(ctx, w1, b1, w2, b2, *inputs):
         C, H = w2.shape
-        flat, bias = w1.flatten(1), b1.flatten()
-        z = x.new_empty(len(x), C)
-        for rows in _chunks(len(x), C * H):
-            hidden = F.gelu(torch.addmm(bias, x[rows], flat)).view(-1, C, H)
-            torch.sum(hidden.mul_(w2), -1, out=z[rows])
-        ctx.save_for_backward(x, w1, b1, w2)
+        weight, out = w1.flatten(1).T.contiguous(), w2[:, None]
+        z = w2.new_empty(len(inputs[0]), C)
+        for rows, x, (hidden,) in _chunks(inputs, C, H, buffers=1):
+            torch.addmm(b1.view(-1, 1), weight, x.T, out=hidden.flatten(0, 1))
+            torch.ops.aten.gelu.out(hidden, out=hidden)
+            z[rows] = torch.bmm(out, hidden)[:, 0].T
+        ctx.save_for_backward(w1, b1, w2, *inputs)
         return z.add_(b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, w1, b1, w2 = ctx.saved_tensors
+        w1, b1, w2, *inputs = ctx.saved_tensors
         C, H = w2.shape
-        flat, bias = w1.flatten(1), b1.flatten()
-        dx, dflat, dbias, dw2 = torch.empty_like(x), torch.zeros_like(flat), torch.zeros_like(bias), torch.zeros_like(w2)
-        for rows in _chunks(len(x), C * H):
-            part, dz = x[rows], gradient[rows]
-            before = torch.addmm(bias, part, flat)
-            dw2 += F.gelu(before).view(-1, C, H).mul_(dz[..., None]).sum(0)
-            dbefore = torch.ops.aten.gelu_backward((dz[..., None] * w2).flatten(1), before)
-            dbias += dbefore.sum(0)
-            dflat.addmm_(part.T, dbefore)
-            torch.mm(dbefore, flat.T, out=dx[rows])
-        return dx, dflat.view_as(w1), dbias.view_as(b1), dw2, gradient.sum(0)
+        weight = w1.flatten(1).T.contiguous()
+        back = weight * w2.view(-1, 1)  # w2 factors out of the sum over rows: it enters here and at the end
+        dweight, dbias, dw2 = torch.zeros_like(weight), torch.zeros_like(b1), torch.zeros_like(w2)
+        edges = list(itertools.accumulate((x.shape[1] for x in inputs), initial=0))
+        dinputs = [torch.empty_like(x) if wanted else None for x, wanted in zip(inputs, ctx.needs_input_grad[4:])]
+        for rows, x, (before, after) in _chunks(inputs, C, H, buffers=2):
+            dz = gradient[rows].T.contiguous()[:, None]
+            torch.addmm(b1.view(-1, 1), weight, x.T, out=before.flatten(0, 1))
+            torch.ops.aten.gelu.out(before, out=after)
+            dw2 += after.mul_(dz).sum(-1)
+            torch.ops.aten.gelu_backward.grad_input(dz.expand_as(before), before, grad_input=after)
+            dbias += after.sum(-1)
+            dweight.addmm_(after.flatten(0, 1), x)
+            for dx, start, end in zip(dinputs, edges, edges[1:]):
+                if dx is not None:
+                    dx[rows] = torch.mm(back[:, start:end].T, after.flatten(0, 1)).T
+        dw1 = (dweight * w2.view(-1, 1)).T.reshape(w1.shape)
+        return dw1, dbias * w2, dw2, gradient.sum(0), *dinputs
 
 
-def _chunks(rows: int, width: int) -> list[slice]:
-    size = max(16, CHUNK // width)
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _chunks(inputs: Sequence[Tensor], C: int, H: int, buffers: int) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Slices of rows, the inputs side by side `[rows, d]`, and buffers `[C, H, rows]`, the same memory each time: it stays in cache."""
+    many = len(inputs[0])
+    size = min(many, max(16, (CHUNK if inputs[0].device.type == "cpu" else CUDA_CHUNK) // (C * H)))
+    memory = [inputs[0].new_empty(C * H * size) for _ in range(buffers)]
+    for start in range(0, many, size):
+        rows = slice(start, min(start + size, many))
+        width = rows.stop - start
+        yield rows, torch.cat([part[rows] for part in inputs], 1), [m[: C * H * width].view(C, H, width) for m in memory]
 
 
 def fast_independent_mlps(
-    x: Float[Tensor, "N d"], w1: Float[Tensor, "d C H"], b1: Float[Tensor, "C H"], w2: Float[Tensor, "C H"], b2: Float[Tensor, " C"]
-) -> Float[Tensor, "N C"]:
-    """`independent_mlps`, in chunks of rows and with the hidden layer recomputed in the backward pass."""
-    return _ChunkedMLPs.apply(x, w1, b1, w2, b2)
+    inputs: Sequence[Float[Tensor, "N _"]], w1: Float[Tensor, "d C H"], b1: Float[Tensor, "C H"],
+    w2: Float[Tensor, "C H"], b2: Float[Tensor, " C"],
+) -> Float[Tensor, "N C"]:  # fmt: skip
+    """`independent_mlps` of the inputs side by side, in chunks of rows and with the hidden layer recomputed in the backward pass.
+    An input without gradient costs no backward product."""
+    return _ChunkedMLPs.apply(w1, b1, w2, b2, *inputs)
 
 
 class Importance(nn.Module):
@@ -115,9 +137,9 @@ class _MLPs(nn.Module):
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
         self.b2 = nn.Parameter(torch.full((C,), bias, device=generator.device))
 
-    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch C"]:
-        z = fast_independent_mlps(x.reshape(-1, x.shape[-1]), self.w1, self.b1, self.w2, self.b2)
-        return z.view(*x.shape[:-1], -1)
+    def forward(self, *inputs: Float[Tensor, "b s _"]) -> Float[Tensor, "b s C"]:
+        z = fast_independent_mlps([x.flatten(0, 1) for x in inputs], self.w1, self.b1, self.w2, self.b2)
+        return z.unflatten(0, inputs[0].shape[:2])
 
 
 class ScalarImportance(Importance):
@@ -198,7 +220,7 @@ class AttentionImportance(Importance):
         encoding = self.absolute[torch.arange(length, device=x.device).clamp(max=self.context - 1)]
         q, k, v = x @ self.W_Q, x @ self.W_K, x @ self.W_V + encoding
         seen = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=self.scores_bias(length))
-        return self.mlps(torch.cat([seen[:, 0], x], -1))
+        return self.mlps(seen[:, 0], x)
 
 
 def build_importance(

@@ -6,11 +6,14 @@
 3. The pairs follow one rule: *capture last, override first*. At the entry of a block its hooks are put in that order, so
    a person's patch upstream of a site is seen by the site, and a hook of theirs on the same point is applied after ours.
 
+4. A rewrite that does not look at the original output says so, and the original product is not computed: between the reading
+   and the writing of a site its weight has no columns (HookedTransformer) or its linear layer does nothing (TransformerBridge).
+
 A site's input is not at a hook in every case (HookedTransformer adds LayerNorm's weights and shortformer positions
 inside the block). There a one-shot torch pre-hook on the attention or MLP module, armed at the entry of the block, takes it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -83,13 +86,14 @@ class Passage:
 
     Attributes:
         x: `[b, s, d_in]`, what the matrix reads.
-        y: the original output, with `bias` in it: `[b, s, d_out]`, or `[head, b, s, d_out]` where heads go apart.
+        y: the original output, with `bias` in it: `[b, s, d_out]`, or `[head, b, s, d_out]` where heads go apart; None where
+            the rewrite said that it does without (`replacing`).
         bias: what a replacement of `y` has to add; None where the model adds the bias later or has none.
         by_head: `[head, b, s, d_in]` where each head reads (`use_split_qkv_input`) or writes (`use_attn_result`) alone.
     """
 
     x: Float[Tensor, "b s d_in"]
-    y: Tensor
+    y: Tensor | None
     bias: Float[Tensor, " d_out"] | None
     by_head: Float[Tensor, "head b s d_in"] | None = None
 
@@ -116,6 +120,31 @@ class _Wire:
     bias_in_output: bool = True
     norm: Callable[[Tensor], Tensor] | None = None  # Bridge forks the heads before LayerNorm, and no hook follows it
     result_by_head: bool = False
+    idle: "_Idle | None" = None  # keeps the original product from being computed; None where that is not known to be safe
+    within: nn.Module | None = None  # the module whose forward pass it must not outlive
+
+
+@dataclass(frozen=True, eq=False)
+class _Idle:
+    """Attributes of `module` that are shadowed while the original product is not wanted. Shadows lie in the instance's `__dict__`, which
+    Python asks before `nn.Module` does: parameters, `state_dict` and everything else of the model stay as they are."""
+
+    module: nn.Module
+    shadows: Callable[[], dict[str, Any]]
+
+    def begin(self) -> Callable[[], None]:
+        """Returns what ends it."""
+        own = self.module.__dict__
+        shadows = self.shadows()
+        before = {name: own[name] for name in shadows if name in own}
+        own.update(shadows)
+
+        def end() -> None:
+            for name in shadows:
+                own.pop(name, None)
+            own.update(before)
+
+        return end
 
 
 def model_is_supported(model: Any) -> bool:
@@ -171,7 +200,7 @@ def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Sit
     return {name: layout.site(name) for name in chosen}
 
 
-def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite]) -> list[Hook]:
+def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> list[Hook]:
     """`(hook name, function)` pairs for `fwd_hooks=` and `model.hooks(...)` which apply each site's rewrite.
 
     Args:
@@ -179,13 +208,14 @@ def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, 
         sites: from `find_sites`.
         rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
             leave the output as it is.
+        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`.
     """
     layout = _layout(model)
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
     for name, rewrite in rewrites.items():
         wire = layout.wire(sites[name])
-        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite))
+        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, name in replacing and wire.idle is not None))
     hook_points = model.hook_dict
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names}
@@ -203,8 +233,10 @@ class _Visit:
 
     wire: _Wire
     rewrite: Rewrite
+    skips: bool = False
     read: Tensor | None = None
-    armed: Any = None
+    handles: list[Any] = field(default_factory=list)
+    wake: Callable[[], None] | None = None
 
     @property
     def hook_names(self) -> list[str]:
@@ -212,29 +244,50 @@ class _Visit:
         return [read, self.wire.write] if isinstance(read, str) else [self.wire.write]
 
     def disarm(self) -> None:
-        if self.armed is not None:
-            self.armed.remove()
-        self.read = self.armed = None
+        self.end_skip()
+        while self.handles:
+            self.handles.pop().remove()
+        self.read = None
+
+    __del__ = disarm
 
     def arm(self) -> None:
-        """Take the module's argument at its next call, once, after every other pre-hook."""
+        """At the entry of the block. Take the module's argument at its next call, once, after every other pre-hook; and see to it that a
+        product skipped is skipped in this call alone, also where it ends in an exception."""
         self.disarm()
+        if self.skips and self.wire.within is not None:
+            self.handles.append(self.wire.within.register_forward_hook(lambda *_: self.end_skip(), always_call=True))
         if isinstance(self.wire.read, str):
             return
         module, argument = self.wire.read
 
         def take(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.disarm()
-            self.read = kwargs[argument] if isinstance(argument, str) else args[argument]
+            self.capture(kwargs[argument] if isinstance(argument, str) else args[argument])
 
-        self.armed = module.register_forward_pre_hook(take, with_kwargs=True)
+        self.handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
+
+    def capture(self, tensor: Tensor) -> None:
+        self.read = tensor
+        if self.skips and self.wire.idle is not None:
+            self.wake = self.wire.idle.begin()
+
+    def end_skip(self) -> None:
+        if self.wake is not None:
+            self.wake()
+        self.wake = None
+
+    def write(self, output: Tensor) -> Tensor | None:
+        passage = self.passage(output)
+        self.disarm()
+        new = self.rewrite(passage)
+        return None if new is None else self.back(passage, new, output)
 
     def passage(self, output: Tensor) -> Passage:
         wire, site = self.wire, self.wire.site
         if self.read is None:
             raise SPDError(f"{site.name}: its output was computed before its input was seen; this model does not run the "
                            "block as TransformerLens describes it, so the site cannot be decomposed.")  # fmt: skip
-        read, self.read = self.read, None
+        read = self.read
         bias = site.bias if wire.bias_in_output and not wire.result_by_head else None
         if wire.result_by_head:
             x = read.flatten(2)
@@ -247,7 +300,7 @@ class _Visit:
             by_head = rearrange(read[:, :, : site.heads], "b s h d -> h b s d")
             y = output.flatten(2).expand(site.heads, -1, -1, -1)
             return Passage(by_head.mean(0), y, bias, by_head)
-        return Passage(read.flatten(2), output.flatten(2), bias)
+        return Passage(read.flatten(2), None if self.skips else output.flatten(2), bias)
 
     def back(self, passage: Passage, new: Tensor, output: Tensor) -> Tensor:
         """`new` in the shape that the hook carries."""
@@ -256,7 +309,7 @@ class _Visit:
         if passage.by_head is not None:  # head h of the output, computed from head h of the input
             own = new.unflatten(-1, (self.wire.site.heads, -1)).diagonal(dim1=0, dim2=3)
             return rearrange(own, "b s d h -> b s h d").reshape(output.shape)
-        return new.reshape(output.shape)
+        return new.reshape(*output.shape[:-1], -1)  # a product that was skipped has heads without width
 
 
 class _Capture:
@@ -264,7 +317,7 @@ class _Capture:
         self.visit = visit
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
-        self.visit.read = tensor
+        self.visit.capture(tensor)
 
 
 class _Override:
@@ -274,9 +327,7 @@ class _Override:
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
         if getattr(hook, "_target", None) is not None and hook.name != hook._target.name:
             return None  # compatibility mode calls a hook once per alias of its point
-        passage = self.visit.passage(tensor)
-        new = self.visit.rewrite(passage)
-        return None if new is None else self.visit.back(passage, new, tensor)
+        return self.visit.write(tensor)
 
 
 class _Arrive:
@@ -350,20 +401,31 @@ class _HookedTransformerLayout:
         block = self.model.blocks[site.layer]
         entry = f"{base}.hook_resid_pre"
         gated = hasattr(block, "mlp") and hasattr(block.mlp, "W_gate")
+        part = block.attn if site.kind in ATTENTION else block.mlp
+        idle = dict(idle=_Idle(part, self._narrowed(part, site.kind, gated)), within=part)
         match site.kind:
             case "W_Q" | "W_K" | "W_V":
                 argument = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}[site.kind]
-                return _Wire(site, entry, (block.attn, argument), f"{base}.attn.hook_{ATTENTION[site.kind]}")
+                apart = {} if cfg.use_split_qkv_input or cfg.use_attn_in else idle
+                return _Wire(site, entry, (part, argument), f"{base}.attn.hook_{ATTENTION[site.kind]}", **apart)
             case "W_O" if cfg.use_attn_result:
                 return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.attn.hook_result", result_by_head=True)
             case "W_O":
-                return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.hook_attn_out")
+                return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.hook_attn_out", **idle)
             case "W_out":
-                return _Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out")
+                return _Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out", **idle)
             case "W_in" if gated:  # b_in is added later, on the way to hook_post
-                return _Wire(site, entry, (block.mlp, 0), f"{base}.mlp.hook_pre_linear", bias_in_output=False)
+                return _Wire(site, entry, (part, 0), f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
             case _:
-                return _Wire(site, entry, (block.mlp, 0), f"{base}.mlp.hook_pre")
+                return _Wire(site, entry, (part, 0), f"{base}.mlp.hook_pre", **idle)
+
+    @staticmethod
+    def _narrowed(part: nn.Module, kind: str, gated: bool) -> Callable[[], dict[str, Any]]:
+        """Weight and bias without columns: a product of no width costs nothing, and whatever reshapes it still can."""
+        weight = f"_{kind}" if f"_{kind}" in part._parameters else kind
+        bias = weight.replace("W_", "b_")
+        names = [weight] if gated and kind in ("W_in", "W_gate") else [weight, bias]
+        return lambda: {name: part._parameters[name][..., :0] for name in names if part._parameters.get(name) is not None}  # pyright: ignore
 
 
 @dataclass
@@ -412,21 +474,36 @@ class _BridgeLayout:
         if site.kind in MLP:
             functional = getattr(block.mlp, "_use_processed_weights", False) and "gate" in block.mlp._modules
             read = f"{base}.mlp.hook_in" if functional and site.kind != "W_out" else f"{base}.mlp.{part}.hook_in"
-            return _Wire(site, entry, read, f"{base}.mlp.{part}.hook_out")
+            return _Wire(
+                site, entry, read, f"{base}.mlp.{part}.hook_out", idle=None if functional else self._resting(site, block.mlp, part)
+            )
         if site.kind == "W_O":
             if getattr(cfg, "use_attn_result", False):
                 return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.hook_result", result_by_head=True)
-            return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.o.hook_out")
+            return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.o.hook_out", idle=self._resting(site, block.attn, part))
         write = f"{base}.attn.{part}.hook_out"
         split, shared = getattr(cfg, "use_split_qkv_input", False), getattr(cfg, "use_attn_in", False)
         if not (split or shared):
-            return _Wire(site, entry, f"{base}.attn.{part}.hook_in", write)
+            return _Wire(site, entry, f"{base}.attn.{part}.hook_in", write, idle=self._resting(site, block.attn, part))
         read = f"{base}.attn.hook_{part}_input" if split else f"{base}.attn.hook_attn_in"
 
         def norm(x: Tensor) -> Tensor:  # TransformerBridge applies ln1 after the fork where it forked before it
             return block.attn._apply_ln1_per_head(x) if block.attn._captured_pre_ln_residual is not None else x
 
         return _Wire(site, entry, read, write, norm=norm)
+
+    @classmethod
+    def _resting(cls, site: Site, module: nn.Module, part: str) -> _Idle | None:
+        """The wrapped linear layer answers with one zero in the shape of its output, which takes no memory."""
+        component = cls._part(module, part)
+        linear = None if component is None else component._modules.get("_original_component")
+        if linear is None:
+            return None
+
+        def nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            return x.new_zeros(()).expand(*x.shape[:-1], site.d_out)
+
+        return _Idle(linear, lambda: {"forward": nothing})
 
 
 def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:

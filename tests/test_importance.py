@@ -27,17 +27,20 @@ def test_upper_leaky_values_and_gradients():
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 70), d=st.integers(1, 9), C=st.integers(1, 9), H=st.integers(1, 5), chunk=st.integers(1, 200))
-def test_the_fast_form_equals_the_readable_one_gradients_included(rows, d, C, H, chunk):
+@given(
+    rows=st.integers(1, 70), widths=st.lists(st.integers(1, 9), min_size=1, max_size=3), C=st.integers(1, 9), H=st.integers(1, 5),
+    chunk=st.integers(1, 200),
+)  # fmt: skip
+def test_the_fast_form_equals_the_readable_one_gradients_included(rows, widths, C, H, chunk):
     generator = torch.Generator().manual_seed(rows)
-    shapes = [(rows, d), (d, C, H), (C, H), (C, H), (C,)]
+    shapes = [(sum(widths), C, H), (C, H), (C, H), (C,), *((rows, d) for d in widths)]
     arguments = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes]
+    parameters, inputs = arguments[:4], arguments[4:]
     weight = torch.randn(rows, C, generator=generator)
     results = []
     before, importance.CHUNK = importance.CHUNK, chunk
     try:
-        for form in (independent_mlps, fast_independent_mlps):
-            z = form(*arguments)
+        for z in (independent_mlps(torch.cat(inputs, 1), *parameters), fast_independent_mlps(inputs, *parameters)):
             results.append((z, *torch.autograd.grad((z * weight).sum(), arguments)))
     finally:
         importance.CHUNK = before
