@@ -12,6 +12,7 @@ Importance = Literal["attention", "vector", "scalar"]
 Initialisation = Literal["svd", "random"]
 Positions = Literal["all", "last"]
 MaskKind = Literal["mixed", "uniform"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ class SPDConfig:
         masks: `mixed` draws r = 0 for 30 % of the sequences, a coin for 20 %, uniform for the rest; `uniform` (the paper's)
             can be cheated by a model that leans on half-strength subcomponents.
         layerwise_sites: how many sites, drawn anew each step, the layerwise loss masks; None: every one.
+        precision: `float32`; or `bfloat16`: matrix products in bfloat16 (autocast), parameters and losses in float32, for GPUs.
+        tokens_per_pass: of one masked forward and backward pass; a batch with more, or with more variants, takes several, whose
+            gradients are added up. None: 8,192 on a CPU, 65,536 on a GPU. Halved, with a warning, where memory runs out.
     """
 
     sites: str | Sequence[str] = "*"
@@ -115,6 +119,8 @@ class SPDConfig:
     frequency_scale: float = 0.05
     masks: MaskKind | str = "mixed"
     layerwise_sites: int | None = 2
+    precision: Precision | str = "float32"
+    tokens_per_pass: int | None = None
 
     def __new__(cls, *args: Any, **given: Any) -> "SPDConfig":
         allowed = [f.name for f in fields(cls)]
@@ -129,12 +135,20 @@ class SPDConfig:
         for name in ("learning_rate", "minimality_power"):
             keep(self, name, Schedule.of(getattr(self, name)))
         keep(self, "weights", {name: Schedule.of(weight) for name, weight in self.weights.items()})
-        for name, kind in {"importance": Importance, "init": Initialisation, "output_positions": Positions, "masks": MaskKind}.items():
+        for name, kind in {
+            "importance": Importance,
+            "init": Initialisation,
+            "output_positions": Positions,
+            "masks": MaskKind,
+            "precision": Precision,
+        }.items():
             given = getattr(self, name)
             if given not in get_args(kind):
                 raise SPDError(f"{name} was given as {given!r}; {nearest(str(given), get_args(kind))}.")
-        for name, least in {"gate_width": 1, "steps": 0, "batch_size": 1}.items():
+        for name, least in {"gate_width": 1, "steps": 0, "batch_size": 1, "tokens_per_pass": 1, "layerwise_sites": 1}.items():
             given = getattr(self, name)
+            if given is None and name in ("tokens_per_pass", "layerwise_sites"):
+                continue
             if not isinstance(given, int) or isinstance(given, bool) or given < least:
                 raise SPDError(f"{name} was given as {given!r}; it has to be a whole number of at least {least}.")
         counts = self.subcomponents.values() if isinstance(self.subcomponents, Mapping) else [self.subcomponents]

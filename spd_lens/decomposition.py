@@ -20,11 +20,11 @@ from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.sites import Hook, Passage, Rewrite, Site, disarm, model_device, rewrite_hooks
+from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
 
 TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
 
 ACTS, IMPORTANCE = "hook_spd_acts", "hook_spd_ci"  # names in the cache, after the site's
-STACKED_TOKENS = 1 << 14  # tokens of one stacked pass of `run_many`; more variants take several passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +40,23 @@ class Observation:
     logits: Float[Tensor, "b s vocabulary"]
     inner: dict[str, Float[Tensor, "b s C"]]
     importances: dict[str, Float[Tensor, "b s C"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a clean pass leaves for the passes that follow.
+
+    Attributes:
+        tokens: `[b, s]`.
+        logits: `[b, n, vocabulary]`, the original model's at the compared positions.
+        inputs: site → `[b, s, d_in]`, what its matrix reads.
+        blocks: what every block returned: a pass that changes nothing before layer l can begin there.
+    """
+
+    tokens: Int[Tensor, "b s"]
+    logits: Float[Tensor, "b n vocabulary"]
+    inputs: dict[str, Float[Tensor, "b s d_in"]]
+    blocks: list[Any]
 
 
 @dataclass(eq=False)
@@ -69,23 +86,25 @@ class Decomposition:
     @torch.no_grad()
     def observe(self, tokens: TokensLike) -> Observation:
         """One clean pass: the original logits, and per site the inner activations and causal importances."""
-        logits, inputs = self.trace(self.tokens(tokens))
-        inner, z = self.importance_logits(inputs)
-        return Observation(logits, inner, {name: lower_leaky(z[name]) for name in z})
+        clean = self.trace(self.tokens(tokens))
+        inner, z = self.importance_logits(clean.inputs)
+        return Observation(clean.logits, inner, {name: lower_leaky(z[name]) for name in z})
 
     def importances(self, tokens: TokensLike) -> dict[str, Float[Tensor, "b s C"]]:
         """Site → causal importances `[b, s, C]` in [0, 1]."""
         return self.observe(tokens).importances
 
-    def trace(self, tokens: Int[Tensor, "b s"]) -> tuple[Float[Tensor, "b s vocabulary"], dict[str, Float[Tensor, "b s d_in"]]]:
-        """The original logits and the input of every site, gradients kept if they are on."""
+    def trace(self, tokens: Int[Tensor, "b s"], positions: str = "all") -> Trace:
+        """A clean pass: the original logits at `all` positions or the `last`, and the input of every site; gradients are kept if they
+        are on."""
         inputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Rewrite:
             return lambda passage: inputs.__setitem__(name, passage.x)
 
-        logits = self._forward(tokens, {name: keep(name) for name in self.sites})
-        return logits, {name: inputs[name] for name in self.sites}
+        with recorded(self.model) as blocks, compared_only(self.model, positions):
+            logits = self._forward(tokens, {name: keep(name) for name in self.sites})
+        return Trace(tokens, compared(logits, positions), {name: inputs[name] for name in self.sites}, blocks)
 
     def importance_logits(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Per site the inner activations and the logits z of importance, both `[b, s, C]`."""
@@ -104,38 +123,50 @@ class Decomposition:
         """
         return self._forward(self.tokens(tokens), self._replacements(masks, delta), replacing=masks)
 
-    def run_many(self, tokens: Int[Tensor, "b s"], variants: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, "V b s vocabulary"]:
-        """`run` for each of several sets of masks `[b, s, C]`, without delta, stacked along the batch: the trainer's fast path."""
-        batch, length = tokens.shape
-        at_once = max(1, STACKED_TOKENS // (batch * length))
-        parts = [self._run_stacked(tokens, variants[i : i + at_once]) for i in range(0, len(variants), at_once)]
-        return torch.cat(parts)
+    def run_many(self, clean: Trace, variants: Sequence[Mapping[str, Tensor]], positions: str = "all") -> Float[Tensor, "V b n vocabulary"]:
+        """`run` for each of several sets of masks `[b, s, C]`, without delta: the trainer's fast path.
 
-    def _run_stacked(self, tokens: Tensor, variants: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        many, batch = len(variants), len(tokens)
+        The variants are stacked along the batch. The blocks before the first replaced matrix are not run again, nor is the original product
+        of a matrix that every variant replaces.
+
+        Args:
+            clean: the clean pass over the same tokens.
+            positions: `all`, or `last`: only the last position's logits.
+        """
+        tokens, many = clean.tokens, len(variants)
         names = [name for name in self.sites if any(name in masks for masks in variants)]
+        layer = min(map(self.first_layer, variants))
+        shared = {name for name in names if all(name in masks for masks in variants)}
 
         def rewrite(name: str) -> Rewrite:
             replaced = [i for i, masks in enumerate(variants) if name in masks]
-            mask = torch.cat([variants[i][name] for i in replaced])
+            mask = torch.cat([variants[i][name] for i in replaced]) if many > 1 else variants[0][name]
             index = torch.tensor(replaced, device=tokens.device)
 
             def some(passage: Passage) -> Tensor:
-                def rows(t: Any) -> Any:
-                    return None if t is None else t.unflatten(-3, (many, batch)).index_select(-4, index).flatten(-4, -3)
+                def of(t: Tensor) -> Tensor:
+                    return t.unflatten(-3, (many, -1)).index_select(-4, index).flatten(-4, -3)
 
-                part = Passage(rows(passage.x), rows(passage.y), passage.bias, rows(passage.by_head))
-                new = masked_output(self.components[name], self.sites[name], part, mask, 0.0)
-                original = passage.y.unflatten(-3, (many, batch))
-                return original.index_copy(original.ndim - 4, index, new.unflatten(-3, (-1, batch))).flatten(-4, -3)
+                assert passage.y is not None
+                by_head = None if passage.by_head is None else of(passage.by_head)
+                part = Passage(of(passage.x), of(passage.y), passage.bias, by_head)
+                new = masked_output(self.components[name], self.sites[name], part, mask, 0.0).unflatten(-3, (len(replaced), -1))
+                original = passage.y.unflatten(-3, (many, -1))
+                return original.index_copy(original.ndim - 4, index, new.to(original.dtype)).flatten(-4, -3)
 
             def all_rows(passage: Passage) -> Tensor:
                 return masked_output(self.components[name], self.sites[name], passage, mask, 0.0)
 
-            return all_rows if len(replaced) == many else some
+            return all_rows if name in shared else some
 
-        logits = self._forward(tokens.repeat(many, 1), {name: rewrite(name) for name in names})
-        return logits.unflatten(0, (many, batch))
+        before = repeated(clean.blocks[layer - 1], len(tokens), many) if layer else None
+        with resumed(self.model, before, layer), compared_only(self.model, positions):
+            logits = self._forward(tokens.repeat(many, 1), {name: rewrite(name) for name in names}, replacing=shared)
+        return compared(logits, positions).unflatten(0, (many, -1))
+
+    def first_layer(self, masks: Mapping[str, Tensor]) -> int:
+        """The first layer in which these masks replace a matrix."""
+        return min((self.sites[name].layer for name in masks), default=0)
 
     def hooks(self, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0) -> list[Hook]:
         """`run` as `(hook name, function)` pairs, for `model.run_with_hooks(tokens, fwd_hooks=…)` and `model.hooks(fwd_hooks=…)`.
@@ -198,6 +229,7 @@ class Decomposition:
                     here = torch.zeros(inner.shape[-2], 1, dtype=inner.dtype, device=inner.device)
                     here[list(positions)] = 1
                     inner = inner * here
+                assert passage.y is not None
                 return passage.y - inner @ components.U[index]
 
             return rewrite

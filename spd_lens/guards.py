@@ -54,3 +54,8 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not get the memory that it asked for; on a CPU it says so only in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -11,13 +11,16 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spd_lens import masks
 from spd_lens.components import Components
 from spd_lens.config import SPDConfig
+from spd_lens.importance import JUST_ABOVE_1, LEAK, TINY, above, between, upper_leaky
 from spd_lens.sites import Site
 
 EPSILON = 1e-6  # keeps the slope of g^p finite at 0
+SLICE = 1 << 11  # rows that the penalties work on at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,20 +29,58 @@ class Pass:
 
     Attributes:
         sites, components: what is decomposed, and into what.
-        importances: upper-leaky, site → `[b, s, C]`.
+        logits: of importance, site → `[b, s, C]`.
         power: p of `|g|^p`, annealed.
     """
 
     sites: Mapping[str, Site]
     components: Mapping[str, Components]
-    importances: Mapping[str, Tensor]
+    logits: Mapping[str, Tensor]
     power: float
     config: SPDConfig
 
     @cached_property
+    def importances(self) -> dict[str, Tensor]:
+        """Site → upper-leaky importances `[b, s, C]`."""
+        return {name: upper_leaky(z) for name, z in self.logits.items()}
+
+    @cached_property
     def usage(self) -> dict[str, Tensor]:
         """Site → `[C]`, mean of `g^p` over all positions."""
-        return {name: (g.clamp_min(0) + EPSILON).pow(self.power).mean((0, 1)) for name, g in self.importances.items()}
+        return {name: mean_power(z, self.power) for name, z in self.logits.items()}
+
+
+class _MeanPower(torch.autograd.Function):
+    """In slices of rows, and without keeping more than z: the penalties see as many numbers as the masks, and each of them once."""
+
+    @staticmethod
+    def forward(ctx, z, power):
+        ctx.save_for_backward(z)
+        ctx.power = power
+        total = z.new_zeros(z.shape[-1])
+        for part in z.flatten(0, -2).split(SLICE):
+            total += _leaky(part).pow_(power).sum(0)
+        return total / (z.numel() // z.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        incoming = gradient * (ctx.power / (z.numel() // z.shape[-1]))
+        dz = z.new_empty(z.shape)
+        for part, out in zip(z.flatten(0, -2).split(SLICE), dz.flatten(0, -2).split(SLICE)):
+            slope = _leaky(part).pow_(ctx.power - 1).mul_(incoming)
+            torch.add(between(slope, part, -TINY, JUST_ABOVE_1), above(slope, part, 1.0), alpha=LEAK, out=out)
+        return dz, None
+
+
+def _leaky(z: Tensor) -> Tensor:
+    return upper_leaky(z) + EPSILON
+
+
+def mean_power(z: Float[Tensor, "b s C"], power: float | int) -> Float[Tensor, " C"]:
+    """Mean of `g^power` over positions, g the upper-leaky importance: `(upper_leaky(z) + ε).pow(power).mean((0, 1))`."""
+    return _MeanPower.apply(z, power)
 
 
 @dataclass(frozen=True)
@@ -66,7 +107,7 @@ def minimality(step: Pass) -> Float[Tensor, ""]:
 def frequency(step: Pass) -> Float[Tensor, ""]:
     """`Σ_c log(1 + F_c/scale)`, F_c the expected active positions of c per sequence: concave, so that different inputs come to
     share a subcomponent instead of using one each."""
-    expected = [usage * step.importances[name].shape[1] for name, usage in step.usage.items()]
+    expected = [usage * step.logits[name].shape[1] for name, usage in step.usage.items()]
     return torch.stack([torch.log1p(f / step.config.frequency_scale).sum() for f in expected]).sum()
 
 
@@ -86,10 +127,10 @@ LOSSES: dict[str, Penalty | Reconstruction] = {
 
 def kl_divergence(original: Float[Tensor, "... v"], masked: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:
     """`KL(softmax(original) ‖ softmax(masked))` in nats, at every position; the two broadcast."""
-    p, q = original.log_softmax(-1), masked.log_softmax(-1)
+    return kl_from(original.log_softmax(-1), masked)
+
+
+def kl_from(p: Float[Tensor, "... v"], masked: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:
+    """The same from the original's log-probabilities, where they are needed more than once."""
+    q = masked.to(p.dtype).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def compared(logits: Float[Tensor, "*b s v"], positions: str) -> Float[Tensor, "*b n v"]:
-    """The output positions that count: `all`, or the `last`."""
-    return logits[..., -1:, :] if positions == "last" else logits

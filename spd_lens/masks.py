@@ -41,7 +41,7 @@ class Draw:
 
 def between(importance: Tensor, r: Tensor) -> Tensor:
     """`m = g + (1-g)·r`: an important subcomponent stays on, an unimportant one takes r."""
-    return importance + (1 - importance) * r
+    return torch.lerp(importance, torch.ones_like(r[..., :1]), r)
 
 
 def uniform(importances: Importances, draw: Draw) -> Masks:
@@ -53,12 +53,14 @@ def mixed(importances: Importances, draw: Draw) -> Masks:
     """Uniform in half of the sequences, 0 in 30 %, a fair coin in 20 %: with uniform draws alone an unimportant subcomponent
     is at half strength on average, and a decomposition can come to rely on that average."""
     g = next(iter(importances.values()))
-    kind = draw.uniform(g.shape[0], 1, 1, like=g)
-    zero, coin = kind < ZERO_SHARE, kind > 1 - COIN_SHARE
+    kind = draw.uniform(g.shape[0], like=g)
+    zero, coin = (torch.nonzero(chosen).flatten() for chosen in (kind < ZERO_SHARE, kind > 1 - COIN_SHARE))
     masks = {}
     for name, g in importances.items():
         r = draw.uniform(*g.shape, like=g)
-        masks[name] = between(g, torch.where(coin, r.round(), torch.where(zero, 0.0, r)))
+        r[zero] = 0.0
+        r[coin] = r[coin].round()
+        masks[name] = between(g, r)
     return masks
 
 

@@ -18,7 +18,8 @@ from spd_lens import masks
 from spd_lens.decomposition import Decomposition, Observation
 from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
-from spd_lens.losses import compared, kl_divergence, mean_squared_delta
+from spd_lens.losses import kl_divergence, mean_squared_delta
+from spd_lens.suffix import compared
 
 ASCENT_STEPS, ASCENT_RATE = 20, 0.1
 

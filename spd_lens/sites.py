@@ -10,7 +10,8 @@
    and the writing of a site its weight has no columns (HookedTransformer) or its linear layer does nothing (TransformerBridge).
 
 A site's input is not at a hook in every case (HookedTransformer adds LayerNorm's weights and shortformer positions
-inside the block). There a one-shot torch pre-hook on the attention or MLP module, armed at the entry of the block, takes it.
+inside the block). There it is taken from the arguments of the attention or MLP module, whose next call is watched from the entry of
+the block on.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -115,13 +116,13 @@ class _Wire:
 
     site: Site
     entry: str  # a hook that fires first in the block
-    read: str | tuple[nn.Module, str | int]  # a hook name, or a module and which of its arguments
+    read: str | int  # a hook name; or an argument of `within`, by name or position
     write: str
     bias_in_output: bool = True
     norm: Callable[[Tensor], Tensor] | None = None  # Bridge forks the heads before LayerNorm, and no hook follows it
     result_by_head: bool = False
     idle: "_Idle | None" = None  # keeps the original product from being computed; None where that is not known to be safe
-    within: nn.Module | None = None  # the module whose forward pass it must not outlive
+    within: nn.Module | None = None  # the module whose call it is read and, if so, skipped in
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,10 +219,10 @@ def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, 
         blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, name in replacing and wire.idle is not None))
     hook_points = model.hook_dict
     for entry, visits in blocks.items():
-        points = {name: hook_points[name] for visit in visits for name in visit.hook_names}
+        points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
         pairs.append((entry, _Arrive(visits, points)))
         for visit in visits:
-            if isinstance(visit.wire.read, str):
+            if isinstance(visit.wire.read, str) and visit.wire.read in hook_points:
                 pairs.append((visit.wire.read, _Capture(visit)))
             pairs.append((visit.wire.write, _Override(visit)))
     return pairs
@@ -235,36 +236,15 @@ class _Visit:
     rewrite: Rewrite
     skips: bool = False
     read: Tensor | None = None
-    handles: list[Any] = field(default_factory=list)
     wake: Callable[[], None] | None = None
 
     @property
     def hook_names(self) -> list[str]:
-        read = self.wire.read
-        return [read, self.wire.write] if isinstance(read, str) else [self.wire.write]
+        return [name for name in (self.wire.read, self.wire.write) if isinstance(name, str)]
 
     def disarm(self) -> None:
         self.end_skip()
-        while self.handles:
-            self.handles.pop().remove()
         self.read = None
-
-    __del__ = disarm
-
-    def arm(self) -> None:
-        """At the entry of the block. Take the module's argument at its next call, once, after every other pre-hook; and see to it that a
-        product skipped is skipped in this call alone, also where it ends in an exception."""
-        self.disarm()
-        if self.skips and self.wire.within is not None:
-            self.handles.append(self.wire.within.register_forward_hook(lambda *_: self.end_skip(), always_call=True))
-        if isinstance(self.wire.read, str):
-            return
-        module, argument = self.wire.read
-
-        def take(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self.capture(kwargs[argument] if isinstance(argument, str) else args[argument])
-
-        self.handles.append(module.register_forward_pre_hook(take, with_kwargs=True))
 
     def capture(self, tensor: Tensor) -> None:
         self.read = tensor
@@ -330,15 +310,61 @@ class _Override:
         return self.visit.write(tensor)
 
 
+class _Watch:
+    """The next call of a module's `forward`, once: takes the arguments that sites read, after every pre-hook, and sees to it that a
+    product is skipped in this call alone, however it ends."""
+
+    def __init__(self, module: nn.Module, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
+        self.module, self.visits, self.points, self.before = module, visits, points, None
+
+    def begin(self) -> None:
+        self.end()
+        self.before, self.forward = self.module.__dict__.get("forward"), self.module.forward
+        self.module.__dict__["forward"] = self
+
+    def end(self) -> None:
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.before is not None:
+                self.module.__dict__["forward"] = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.end()
+        try:
+            for visit in filter(self.attached, self.visits):
+                match visit.wire.read:
+                    case int(position):
+                        visit.capture(args[position])
+                    case str(name) if name in kwargs:
+                        visit.capture(kwargs[name])
+            return self.forward(*args, **kwargs)
+        finally:
+            for visit in self.visits:
+                visit.end_skip()
+
+    def attached(self, visit: _Visit) -> bool:
+        """An error between the entry of the block and this call may have taken our hooks away."""
+        return any(getattr(handle.user_hook, "visit", None) is visit for handle in self.points[visit.wire.write].fwd_hooks)
+
+
 class _Arrive:
     """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
 
     def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
         self.visits, self.points = visits, points
+        modules = {visit.wire.within: None for visit in visits if visit.wire.within is not None}
+        self.watches = [_Watch(module, [visit for visit in visits if visit.wire.within is module], points) for module in modules]
+
+    def disarm(self) -> None:
+        for visit in self.visits:
+            visit.disarm()
+        for watch in self.watches:
+            watch.end()
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
-        for visit in self.visits:
-            visit.arm()
+        self.disarm()
+        for watch in self.watches:
+            watch.begin()
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
             own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
@@ -351,11 +377,10 @@ class _Arrive:
 
 
 def disarm(hooks: Iterable[Hook]) -> None:
-    """Take back the one-shot pre-hooks of a forward pass that was broken off between a block's entry and its attention."""
+    """Take back what a forward pass has left that was broken off between a block's entry and its end."""
     for _, function in hooks:
         if isinstance(function, _Arrive):
-            for visit in function.visits:
-                visit.disarm()
+            function.disarm()
 
 
 @dataclass
@@ -402,12 +427,13 @@ class _HookedTransformerLayout:
         entry = f"{base}.hook_resid_pre"
         gated = hasattr(block, "mlp") and hasattr(block.mlp, "W_gate")
         part = block.attn if site.kind in ATTENTION else block.mlp
-        idle = dict(idle=_Idle(part, self._narrowed(part, site.kind, gated)), within=part)
+        within = dict(within=part)
+        idle = dict(within=part, idle=_Idle(part, self._narrowed(part, site.kind, gated)))
         match site.kind:
             case "W_Q" | "W_K" | "W_V":
                 argument = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}[site.kind]
-                apart = {} if cfg.use_split_qkv_input or cfg.use_attn_in else idle
-                return _Wire(site, entry, (part, argument), f"{base}.attn.hook_{ATTENTION[site.kind]}", **apart)
+                apart = within if cfg.use_split_qkv_input or cfg.use_attn_in else idle
+                return _Wire(site, entry, argument, f"{base}.attn.hook_{ATTENTION[site.kind]}", **apart)
             case "W_O" if cfg.use_attn_result:
                 return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.attn.hook_result", result_by_head=True)
             case "W_O":
@@ -415,9 +441,9 @@ class _HookedTransformerLayout:
             case "W_out":
                 return _Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out", **idle)
             case "W_in" if gated:  # b_in is added later, on the way to hook_post
-                return _Wire(site, entry, (part, 0), f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
+                return _Wire(site, entry, 0, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
             case _:
-                return _Wire(site, entry, (part, 0), f"{base}.mlp.hook_pre", **idle)
+                return _Wire(site, entry, 0, f"{base}.mlp.hook_pre", **idle)
 
     @staticmethod
     def _narrowed(part: nn.Module, kind: str, gated: bool) -> Callable[[], dict[str, Any]]:

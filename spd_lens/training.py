@@ -3,16 +3,18 @@
 One step:
 1. clean pass: the original logits and the input of every site, without gradients;
 2. inner activations and importances of every site;
-3. the masked passes of every reconstruction loss, stacked into a batch (`Decomposition.run_many`), and their KL;
-4. the penalties;
-5. backward through 3 and 4 as far as the importance logits, then through the importance functions, then Adam.
+3. the masked passes of every reconstruction loss, stacked along the batch (`Decomposition.run_many`), their KL, and its gradient as
+   far as the importance logits, one lot of passes after the other;
+4. the penalties and their gradient;
+5. backward through the importance functions, then Adam.
 """
 
 import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -26,15 +28,16 @@ from tqdm.auto import tqdm
 from spd_lens import masks
 from spd_lens.components import check_weight, initialise
 from spd_lens.config import SPDConfig
-from spd_lens.decomposition import STACKED_TOKENS, Decomposition, check_tokens
+from spd_lens.decomposition import Decomposition, Trace, check_tokens
 from spd_lens.errors import SPDError, nearest
-from spd_lens.guards import frozen, interrupts_wait, reproducible
-from spd_lens.importance import build_importance, lower_leaky, upper_leaky
-from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
+from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
+from spd_lens.importance import build_importance, lower_leaky
+from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from
 from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, check_writable, fill, read_tensors, write_tensors
 
 ADVERSARY_STEP = 0.1
+TOKENS_PER_PASS, CUDA_TOKENS_PER_PASS = 1 << 13, 1 << 16
 IDENTITY_TOLERANCE = 1e-3  # of the logits' largest value: far above rounding, far below a matrix at the wrong place
 
 
@@ -129,8 +132,7 @@ def initialised(model: Any, sites: dict[str, Site], example: Tensor, config: SPD
     components = {name: initialise(site, count(config, name), config.init, generator) for name, site in sites.items()}
     decomposition = Decomposition(model, sites, components, {}, config)
     with torch.no_grad():
-        _, inputs = decomposition.trace(example)
-        for name, x in inputs.items():
+        for name, x in decomposition.trace(example).inputs.items():
             decomposition.gates[name] = build_importance(
                 config.importance, x, components[name].inner(x), config.gate_width, config.gate_bias, config.distance_decay,
                 example.shape[1], is_causal(model), generator,
@@ -209,13 +211,23 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+@dataclass(frozen=True, eq=False)
+class _Variant:
+    """One masked pass: which loss wants it, its share in that loss, the masks of the sites that are replaced."""
+
+    loss: str
+    share: float
+    masks: masks.Masks
+
+
 class Trainer:
     """The state of a training: decomposition, optimiser, randomness, the adversary's memory, the step."""
 
     def __init__(self, decomposition: Decomposition):
         self.decomposition = decomposition
         self.config = config = decomposition.config
-        device = decomposition.parameters()[0].device
+        self.device = device = decomposition.parameters()[0].device
+        self.tokens_per_pass = config.tokens_per_pass or (TOKENS_PER_PASS if device.type == "cpu" else CUDA_TOKENS_PER_PASS)
         self.optimiser = torch.optim.Adam(decomposition.parameters(), lr=config.learning_rate.at(0), fused=True)
         generator = torch.Generator(device).manual_seed(config.seed + 1)  # not the stream that initialised the parameters
         self.draw = masks.Draw(generator, kind=config.masks, layerwise_sites=config.layerwise_sites)
@@ -228,72 +240,111 @@ class Trainer:
         return {name: weight for name, weight in weights.items() if weight != 0}
 
     def step(self, tokens: Tensor) -> StepResult:
-        d, config, part = self.decomposition, self.config, self.stopwatch.part
+        d, config = self.decomposition, self.config
         fraction = d.steps_done / max(1, config.steps)
         weights = self.weights(fraction)
+        losses, active = self._with_room(tokens, lambda: self._gradients(tokens, weights, config.minimality_power.at(fraction)))
+        with self.stopwatch.part("optimiser"):
+            for group in self.optimiser.param_groups:
+                group["lr"] = config.learning_rate.at(fraction)
+            self.optimiser.step()
+        d.steps_done += 1
+        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        return StepResult(d.steps_done, losses, total, active, d)
+
+    def _gradients(self, tokens: Tensor, weights: Mapping[str, float], power: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Fill in `.grad` of every parameter; the losses, and the active subcomponents per site."""
+        d, part = self.decomposition, self.stopwatch.part
         self.optimiser.zero_grad(set_to_none=True)
-        with part("reconstruction"), torch.no_grad():
-            original, inputs = d.trace(tokens)
-        with part("importance"):
+        rows = max(1, self.tokens_per_pass // tokens.shape[1])
+        with part("reconstruction"), torch.no_grad(), self._autocast():
+            clean = [d.trace(some, self.config.output_positions) for some in tokens.split(rows)]
+            inputs = {name: torch.cat([some.inputs[name] for some in clean]) for name in d.sites}
+        with part("importance"), self._autocast():
             _, logits = d.importance_logits(inputs)
-            z = {name: value.detach().requires_grad_() for name, value in logits.items()}
-        losses: dict[str, Tensor] = {}
+        z = {name: value.detach().requires_grad_() for name, value in logits.items()}
+        for value in z.values():
+            value.grad = torch.zeros_like(value)
         with part("reconstruction"):
-            self._reconstruct(tokens, original, z, weights, losses)
+            losses = self._reconstruct(clean, z, weights)
         with part("losses"):
-            upper = {name: upper_leaky(value) for name, value in z.items()}
-            seen = Pass(d.sites, d.components, upper, config.minimality_power.at(fraction), config)
+            seen = Pass(d.sites, d.components, z, power, self.config)
             penalties = {name: LOSSES[name](seen) for name in weights if not isinstance(LOSSES[name], Reconstruction)}  # pyright: ignore
             self._check(penalties)
             if penalties:
                 torch.stack([weights[name] * loss for name, loss in penalties.items()]).sum().backward()
             losses |= {name: loss.detach() for name, loss in penalties.items()}
         with part("importance"):
-            reached = [name for name in z if z[name].grad is not None]
-            torch.autograd.backward([logits[name] for name in reached], [z[name].grad for name in reached])  # pyright: ignore
-        with part("optimiser"):
-            for group in self.optimiser.param_groups:
-                group["lr"] = config.learning_rate.at(fraction)
-            self.optimiser.step()
-        d.steps_done += 1
+            torch.autograd.backward(list(logits.values()), [z[name].grad for name in logits])
         with torch.no_grad():
             active = {name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in z.items()}
-            total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
-        return StepResult(d.steps_done, losses, total, active, d)
+        return losses, active
 
-    def _reconstruct(
-        self, tokens: Tensor, original: Tensor, z: Mapping[str, Tensor], weights: Mapping[str, float], losses: dict[str, Tensor]
-    ) -> None:
-        """The masked passes of every weighted reconstruction loss, as many at once as `STACKED_TOKENS` allows, each lot followed by its
-        backward pass, so that memory does not grow with their number. Gradients go to z, V and U."""
-        lower = {name: lower_leaky(value.detach()).requires_grad_() for name, value in z.items()}
+    def _reconstruct(self, clean: Sequence[Trace], z: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """The masked passes of every weighted reconstruction loss. Gradients are added to those of z, V and U.
+
+        Rows of the batch come one lot after the other (`clean`), and in it as many variants at once as `tokens_per_pass` allows, if
+        they begin in the same layer. Each pass is followed by its backward pass, so memory grows neither with the batch nor with the
+        number of variants.
+        """
+        d, losses = self.decomposition, {}
         adversary = {name: r.requires_grad_() for name, r in self.draw.sources.items()} if "adversarial" in weights else {}
-        positions = self.config.output_positions
-        terms: dict[str, Tensor] = {}
-        variants = self._variants(lower, weights)
-        while lot := list(itertools.islice(variants, max(1, STACKED_TOKENS // tokens.numel()))):
-            masked = compared(self.decomposition.run_many(tokens, [variant for _, _, variant in lot]), positions)
-            divergence = kl_divergence(compared(original, positions), masked).flatten(1).mean(1)
-            shares = divergence.new_tensor([weights[name] * share for name, share, _ in lot])
-            (divergence * shares).sum().backward()
-            for (name, share, _), value in zip(lot, divergence.detach()):
-                terms[name] = terms.get(name, 0.0) + share * value
-        self._check(terms)
-        losses |= terms
-        for name, importance in lower.items():
-            if importance.grad is not None:
-                lower_leaky(z[name]).backward(importance.grad)
+        routes = {name: loss.router(list(d.sites), self.draw) for name in weights if isinstance(loss := LOSSES[name], Reconstruction)}
+        batch, start = sum(len(some.tokens) for some in clean), 0
+        for some in clean:
+            rows = slice(start, start := start + len(some.tokens))
+            here = {name: value.detach()[rows].requires_grad_() for name, value in z.items()}
+            lower = {name: lower_leaky(value).detach().requires_grad_() for name, value in here.items()}
+            original = some.logits.log_softmax(-1)
+            for _, alike in itertools.groupby(self._variants(routes, lower), lambda variant: d.first_layer(variant.masks)):
+                while lot := list(itertools.islice(alike, max(1, self.tokens_per_pass // some.tokens.numel()))):
+                    with self._autocast():
+                        masked = d.run_many(some, [variant.masks for variant in lot], self.config.output_positions)
+                    divergence = kl_from(original, masked).flatten(1).mean(1) * (len(some.tokens) / batch)
+                    (divergence * divergence.new_tensor([weights[v.loss] * v.share for v in lot])).sum().backward()
+                    for variant, value in zip(lot, divergence.detach()):
+                        losses[variant.loss] = losses.get(variant.loss, 0.0) + variant.share * value
+            for name, importance in lower.items():
+                if importance.grad is not None:
+                    lower_leaky(here[name]).backward(importance.grad)
+                    z[name].grad[rows] += here[name].grad  # pyright: ignore
+        self._check(losses)
         if adversary:
             gradients = {name: r.grad for name, r in adversary.items() if r.grad is not None}
             self.draw.sources = {**self.draw.sources, **masks.ascend({n: adversary[n] for n in gradients}, gradients, ADVERSARY_STEP)}
+        return losses
 
-    def _variants(self, lower: Mapping[str, Tensor], weights: Mapping[str, float]) -> Iterator[tuple[str, float, masks.Masks]]:
-        """(name of the loss, the variant's share in it, masks of the sites that are replaced), drawn as they are asked for."""
-        for name in weights:
-            if isinstance(loss := LOSSES[name], Reconstruction):
-                routed = loss.router(list(lower), self.draw)
-                for chosen in routed:
-                    yield name, 1 / len(routed), loss.sampler({site: lower[site] for site in chosen}, self.draw)
+    def _variants(self, routes: Mapping[str, Sequence[Sequence[str]]], lower: Mapping[str, Tensor]) -> "Iterator[_Variant]":
+        """Masks are drawn as they are asked for."""
+        for name, routed in routes.items():
+            for chosen in routed:
+                drawn = LOSSES[name].sampler({site: lower[site] for site in chosen}, self.draw)  # pyright: ignore
+                yield _Variant(name, 1 / len(routed), drawn)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _with_room(self, tokens: Tensor, work: Callable[[], Any]) -> Any:
+        """`work`, again with half the tokens per pass where memory runs out."""
+        before = self.draw.generator.get_state(), dict(self.draw.sources)
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                fewer = min(self.tokens_per_pass, tokens.numel()) // 2
+                if fewer < tokens.shape[1]:
+                    raise SPDError(f"step {self.decomposition.steps_done + 1}: not even one sequence of {tokens.shape[1]} tokens fits into memory "
+                                   f"({error}). Give shorter sequences, fewer subcomponents, or a smaller batch_size.") from error  # fmt: skip
+                warnings.warn(f"step {self.decomposition.steps_done + 1}: out of memory with {self.tokens_per_pass} tokens per pass; "
+                              f"going on with {fewer}", stacklevel=2)  # fmt: skip
+                self.tokens_per_pass = fewer
+            self.optimiser.zero_grad(set_to_none=True)
+            self.draw.generator.set_state(before[0])
+            self.draw.sources = {name: r.detach() for name, r in before[1].items()}
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def save(self, path: Path) -> None:
         """Everything that it takes to go on as if the training had not stopped, in one file."""

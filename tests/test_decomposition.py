@@ -41,19 +41,31 @@ def test_the_stacked_pass_equals_run_gradients_included(name):
     leaves = [m for v in variants for m in v.values()] + [p for c in d.components.values() for p in c.parameters()]
     weight = torch.randn(len(variants), *d.model(tokens).shape, generator=generator)
     results = []
-    for logits in (torch.stack([d.run(tokens, v) for v in variants]), d.run_many(tokens, variants)):
+    with torch.no_grad():
+        clean = d.trace(tokens)
+    for logits in (torch.stack([d.run(tokens, v) for v in variants]), d.run_many(clean, variants)):
         results.append((logits, *torch.autograd.grad((logits * weight).sum(), leaves)))
     for naive, fast in zip(*results):
         assert torch.allclose(naive, fast, atol=1e-5 * max(1.0, float(naive.detach().abs().max())))
 
 
-def test_many_variants_take_several_passes(untrained, tokens, monkeypatch):
-    monkeypatch.setattr("spd_lens.decomposition.STACKED_TOKENS", 2 * tokens.numel())
-    generator = torch.Generator().manual_seed(0)
-    variants = [{n: torch.rand(*tokens.shape, 40, generator=generator) for n in untrained.sites} for _ in range(5)]
+@pytest.mark.parametrize("name", sorted(zoo.ALL))
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_a_pass_that_begins_late_and_compares_little_equals_run(name, positions):
+    """Variants which leave the first block alone, on every architecture: its output is taken from the clean pass."""
+    d, tokens = scrambled(name), zoo.tokens()
+    late = [n for n, site in d.sites.items() if site.layer == 1]
+    variants = [{n: torch.rand(*tokens.shape, 24, requires_grad=True) for n in chosen} for chosen in (late, late[:1], late[-1:])]
+    leaves = [m for v in variants for m in v.values()] + [p for n in late for p in d.components[n].parameters()]
     with torch.no_grad():
-        naive = torch.stack([untrained.run(tokens, v) for v in variants])
-        assert torch.allclose(untrained.run_many(tokens, variants), naive, atol=1e-5)
+        clean = d.trace(tokens, positions)
+    naive, fast = torch.stack([d.run(tokens, v) for v in variants]), d.run_many(clean, variants, positions)
+    naive = naive[..., -1:, :] if positions == "last" else naive
+    assert fast.shape == naive.shape and clean.logits.shape == naive.shape[1:]
+    gradients = [torch.autograd.grad(logits.square().sum(), leaves) for logits in (naive, fast)]
+    for expected, got in zip((naive, *gradients[0]), (fast, *gradients[1])):
+        assert torch.allclose(expected, got, rtol=1e-3, atol=1e-5 * max(1.0, float(expected.detach().abs().max())))
+    assert all("forward" not in block.__dict__ for block in d.model.blocks)
 
 
 @pytest.mark.parametrize("name", SOME)

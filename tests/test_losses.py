@@ -1,10 +1,14 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from spd_lens import SPDConfig
+from spd_lens import SPDConfig, losses
 from spd_lens.components import Components
-from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, faithfulness, frequency, kl_divergence, minimality
+from spd_lens.importance import upper_leaky
+from spd_lens.losses import EPSILON, LOSSES, Pass, Reconstruction, faithfulness, frequency, kl_divergence, mean_power, minimality
 from spd_lens.sites import Site
+from spd_lens.suffix import compared
 
 
 def make_pass(power=0.5):
@@ -25,13 +29,13 @@ def test_faithfulness_is_the_mean_over_all_entries():
 
 def test_minimality_sums_over_sites_and_subcomponents_the_mean_over_positions():
     p = make_pass()
-    expected = sum(float((g[..., c] ** 0.5).mean()) for g in p.importances.values() for c in range(2))
+    expected = sum(float((g[..., c] ** 0.5).mean()) for g in p.logits.values() for c in range(2))
     assert float(minimality(p)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_frequency_is_concave_in_how_often_a_subcomponent_is_used():
     p = make_pass(power=1.0)
-    expected = sum(float(torch.log1p(g[..., c].mean() * 6 / 0.1)) for g in p.importances.values() for c in range(2))
+    expected = sum(float(torch.log1p(g[..., c].mean() * 6 / 0.1)) for g in p.logits.values() for c in range(2))
     assert float(frequency(p)) == pytest.approx(expected, rel=1e-4)
     shared, spread = torch.zeros(4, 8, 2), torch.zeros(4, 8, 2)
     shared[:, 0, 0] = 1
@@ -63,3 +67,18 @@ def test_compared_positions():
 def test_the_registry_holds_what_the_papers_name():
     assert set(LOSSES) >= {"faithfulness", "minimality", "frequency", "plain", "stochastic", "layerwise", "partial", "adversarial"}
     assert sum(isinstance(loss, Reconstruction) for loss in LOSSES.values()) == 5
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 9), C=st.integers(1, 5), power=st.floats(0.1, 2.0), slice_=st.integers(1, 30))
+def test_the_mean_power_is_what_it_says_gradients_included(rows, C, power, slice_):
+    z = (2 * torch.randn(rows, 3, C, generator=torch.Generator().manual_seed(rows))).requires_grad_()
+    before, losses.SLICE = losses.SLICE, slice_
+    try:
+        results = []
+        for usage in (mean_power(z, power), (upper_leaky(z) + EPSILON).pow(power).mean((0, 1))):
+            results.append((usage, torch.autograd.grad((usage * torch.arange(1.0, C + 1)).sum(), z)[0]))
+    finally:
+        losses.SLICE = before
+    for fast, readable in zip(*results):
+        assert torch.allclose(fast, readable, rtol=1e-4, atol=1e-6)

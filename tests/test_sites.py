@@ -1,6 +1,9 @@
+import gc
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from spd_lens import SPDError, find_sites
 from spd_lens.sites import disarm, rewrite_hooks
@@ -182,3 +185,54 @@ class TestTheUsersHooksWin:
             model.run_with_hooks(tokens, fwd_hooks=hooks)
             model(tokens)
         assert len(calls) >= 2
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ALL))
+def test_a_product_that_is_replaced_is_not_computed(name):
+    model, tokens = zoo.ALL[name](), zoo.tokens()
+    sites = find_sites(model)
+    replacing, before = [n for n in sites if _can_rest(model, n)], shadows(model)
+    blank = {n: (lambda passage, d=site.d_out: passage.source.new_zeros(*passage.source.shape[:-1], d)) for n, site in sites.items()}
+    work = {}
+    for skipped in ([], replacing):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            logits = model.run_with_hooks(tokens, fwd_hooks=rewrite_hooks(model, sites, blank, replacing=skipped))
+        work[bool(skipped)] = counter.get_total_flops(), logits
+    products = 2 * tokens.numel() * sum(sites[n].weight.numel() for n in replacing)
+    assert torch.equal(work[True][1], work[False][1])
+    assert work[False][0] - work[True][0] >= products > 0
+    assert shadows(model) == before
+
+
+def _can_rest(model, site: str) -> bool:
+    """Where heads read or write alone, and in TransformerBridge's functional gated MLP, the original product is computed."""
+    cfg = model.cfg
+    if getattr(cfg, "use_split_qkv_input", False) or getattr(cfg, "use_attn_in", False):
+        return site[-3:] not in ("W_Q", "W_K", "W_V")
+    if site.endswith("W_O"):
+        return not getattr(cfg, "use_attn_result", False)
+    functional = (
+        ".mlp." in site and getattr(model.blocks[0].mlp, "_use_processed_weights", False) and "gate" in model.blocks[0].mlp._modules
+    )
+    return not functional
+
+
+def shadows(model):
+    """What lies in an instance's `__dict__`, where it would hide a weight or a method."""
+    return [
+        (name, key) for name, m in model.named_modules() for key in m.__dict__ if key.lstrip("_")[:2] in ("W_", "b_") or key == "forward"
+    ]
+
+
+@pytest.mark.parametrize("point", ["blocks.0.attn.hook_q", "blocks.0.attn.hook_z", "blocks.0.mlp.hook_pre", "blocks.1.mlp.hook_post"])
+def test_an_error_on_the_way_leaves_every_weight_in_its_place(model, tokens, point):
+    sites = find_sites(model)
+    clean, before = model(tokens), shadows(model)
+    for error in (RuntimeError, KeyboardInterrupt):
+        blank = {n: (lambda passage, d=site.d_out: passage.source.new_zeros(*passage.source.shape[:-1], d)) for n, site in sites.items()}
+        hooks = rewrite_hooks(model, sites, blank, replacing=sites)
+        with pytest.raises(error), model.hooks(fwd_hooks=[*hooks, (point, lambda tensor, hook, e=error: (_ for _ in ()).throw(e("mine")))]):
+            model(tokens)
+        del hooks
+        gc.collect()
+        assert torch.equal(model(tokens), clean) and shadows(model) == before

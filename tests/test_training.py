@@ -5,8 +5,8 @@ import torch
 
 from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks
 from spd_lens.guards import frozen
-from spd_lens.importance import lower_leaky, upper_leaky
-from spd_lens.losses import LOSSES, Pass, Reconstruction, compared, kl_divergence
+from spd_lens.importance import lower_leaky
+from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_divergence
 from spd_lens.sites import find_sites
 from spd_lens.training import Trainer, initialised
 from tests import zoo
@@ -49,11 +49,12 @@ def test_the_same_seed_gives_the_same_bits(model):
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 100])
-def test_a_step_is_the_sum_of_its_parts(model, at_once, monkeypatch):
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.parametrize("at_once", [1, 3, 9, 300])
+def test_a_step_is_the_sum_of_its_parts(model, at_once, positions):
     """The trainer's gradient against the losses written down plainly: one `run` per variant, one backward."""
-    monkeypatch.setattr("spd_lens.training.STACKED_TOKENS", at_once * zoo.tokens(3).numel())
     config = SPDConfig(subcomponents=20, batch_size=3, gate_width=4, init="random", layerwise_sites=3,
+                       output_positions=positions, tokens_per_pass=at_once * zoo.tokens(1).numel(),
                        weights={"faithfulness": 10.0, "minimality": 0.1, "frequency": 0.2, "plain": 0.5, "stochastic": 1.0,
                                 "layerwise": 2.0, "partial": 0.7, "adversarial": 0.3})  # fmt: skip
     tokens = zoo.tokens(3)
@@ -69,21 +70,24 @@ def test_a_step_is_the_sum_of_its_parts(model, at_once, monkeypatch):
         d = initialised(model, find_sites(model, "*"), tokens, config)  # as it was before the step
         trainer.draw.generator.set_state(start)
         draw = masks.Draw(trainer.draw.generator, sources, config.masks, config.layerwise_sites)
-        original, inputs = d.trace(tokens)
-        _, z = d.importance_logits({n: x.detach() for n, x in inputs.items()})
+        clean = d.trace(tokens)
+        _, z = d.importance_logits({n: x.detach() for n, x in clean.inputs.items()})
         lower = {n: lower_leaky(v) for n, v in z.items()}
-        seen = Pass(d.sites, d.components, {n: upper_leaky(v) for n, v in z.items()}, 1.0, config)
+        seen = Pass(d.sites, d.components, z, 1.0, config)
+        routes = {n: loss.router(list(d.sites), draw) for n in config.weights if isinstance(loss := LOSSES[n], Reconstruction)}
+        terms = {n: [] for n in routes}
+        for rows in torch.arange(len(tokens)).split(at_once):
+            for name in routes:
+                for chosen in routes[name]:
+                    masked = d.run(tokens[rows], LOSSES[name].sampler({n: lower[n][rows] for n in chosen}, draw))
+                    divergence = kl_divergence(clean.logits[rows], masked)
+                    terms[name].append(
+                        (divergence if positions == "all" else divergence[:, -1:]).mean(1).sum() / len(tokens) / len(routes[name])
+                    )
         total = 0.0
         for name, weight in config.weights.items():
             loss = LOSSES[name]
-            if isinstance(loss, Reconstruction):
-                terms = []
-                for chosen in loss.router(list(d.sites), draw):
-                    masked = d.run(tokens, loss.sampler({n: lower[n] for n in chosen}, draw))
-                    terms.append(kl_divergence(compared(original, "all"), compared(masked, "all")).mean())
-                value = torch.stack(terms).mean()
-            else:
-                value = loss(seen)
+            value = torch.stack(terms[name]).sum() if name in routes else loss(seen)
             assert torch.allclose(value.detach(), result.losses[name], rtol=1e-4, atol=1e-6), name
             total = total + weight.at(0) * value
     plain = torch.autograd.grad(total, d.parameters(), allow_unused=True)

@@ -36,7 +36,7 @@ def test_the_target_is_the_papers_model(bridge):
     assert (64, 16) in learned  # positions
     tokens = induction.sequences(2, torch.Generator().manual_seed(0)).tokens
     d = decompose(model, tokens, induction.config(steps=0), progress=False)
-    _, inputs = d.trace(tokens)
+    inputs = d.trace(tokens).inputs
     difference = {n: (inputs[f"blocks.0.attn.W_{n}"] - inputs["blocks.0.attn.W_V"]) for n in "QK"}
     assert torch.allclose(difference["Q"], difference["K"], atol=1e-6)  # positions enter W_Q and W_K, not W_V
     assert torch.allclose(difference["Q"][0], difference["Q"][1], atol=1e-6) and difference["Q"].abs().max() > 0.1
