@@ -109,7 +109,7 @@ class Decomposition:
     def importance_logits(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Per site the inner activations and the logits z of importance, both `[b, s, C]`."""
         inner = {name: self.components[name].inner(x) for name, x in inputs.items()}
-        return inner, {name: self.gates[name](x, inner[name]) for name, x in inputs.items()}
+        return inner, {name: self.gates[name](x, inner[name]).to(self.components[name].V.dtype) for name, x in inputs.items()}
 
     # --- running ---
 

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.01
 CHUNK = 1 << 19  # hidden activations worked on at once: 2 MiB of float32, about what a core holds in its cache
 CUDA_CHUNK = 1 << 26  # a GPU wants them by the 256 MiB
+SCORES, CUDA_SCORES = 1 << 20, 1 << 28  # attention scores of one gate that are held at once
 
 
 # `torch.where` asks for every number and guesses wrong half of the time: twenty times slower than these two on a CPU.
@@ -213,25 +215,40 @@ class AttentionImportance(Importance):
         self.absolute = _gaussian(context, width, scale=0.1, generator=generator)
         self.mlps = _MLPs(width + d_in, C, width, bias, generator)
 
-    def scores_bias(self, length: int) -> Float[Tensor, "s s"]:
-        """r_n over √d_k, and minus infinity where position n may not look."""
-        at = torch.arange(length, device=self.relative.device)
-        distance = at[:, None] - at[None, :]
-        if self.causal:
-            index = distance.clamp(0, self.context - 1)
-        else:
-            index = distance.clamp(1 - self.context, self.context - 1) + self.context - 1
+    def bias_by_distance(self, length: int) -> Float[Tensor, " distances"]:
+        """r_n over √d_k from the key `length - 1` positions ahead to the one as far back; minus infinity where position n may not look."""
+        distance = torch.arange(1 - length, length, device=self.relative.device)
+        low = 0 if self.causal else 1 - self.context
         # index_select, since the backward of plain indexing adds in an order that changes from run to run
-        bias = self.relative.index_select(0, index.flatten()).view(length, length) / self.W_Q.shape[1] ** 0.5
+        bias = self.relative.index_select(0, distance.clamp(low, self.context - 1) - low) / self.W_Q.shape[1] ** 0.5
         return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
+
+    def attend(self, q: Float[Tensor, "b s w"], k: Float[Tensor, "b s w"], v: Float[Tensor, "b s w"]) -> Float[Tensor, "b s w"]:
+        """The head's output. Long sequences go block by block of queries, and a block's scores are computed anew in the backward pass, so
+        that memory grows with the length and not with its square."""
+        batch, length, _ = q.shape
+        ahead = self.bias_by_distance(length).flip(0).to(q.dtype)  # [0] is the farthest back
+        step = max(1, length // 4)
+
+        def block(start: int, end: int) -> Tensor:
+            reach = -(-end // step) * step if self.causal else length  # few different sizes, or the heap falls to pieces
+            keys = min(reach, length)
+            # query i sees key j at distance i - j: a window of the biases that moves by one from query to query
+            bias = ahead[length - end : length - start + keys - 1].unfold(0, keys, 1).flip(0)
+            return F.scaled_dot_product_attention(q[:, None, start:end], k[:, None, :keys], v[:, None, :keys], attn_mask=bias)[:, 0]
+
+        rows = max(1, (SCORES if q.device.type == "cpu" else CUDA_SCORES) // (batch * length))
+        if rows >= length:
+            return block(0, length)
+        blocks = [(start, min(start + rows, length)) for start in range(0, length, rows)]
+        return torch.cat([checkpoint(block, *ends, use_reentrant=False, preserve_rng_state=False) for ends in blocks], 1)  # pyright: ignore
 
     def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
         x = x / self.scale
-        length = x.shape[1]
-        encoding = self.absolute[torch.arange(length, device=x.device).clamp(max=self.context - 1)]
-        q, k, v = x @ self.W_Q, x @ self.W_K, x @ self.W_V + encoding
-        seen = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=self.scores_bias(length))
-        return self.mlps(seen[:, 0], x)
+        encoding = self.absolute[torch.arange(x.shape[1], device=x.device).clamp(max=self.context - 1)]
+        q, k = x @ self.W_Q, x @ self.W_K
+        v = x @ self.W_V + encoding
+        return self.mlps(self.attend(q, k, v.to(q.dtype)), x)
 
 
 def build_importance(

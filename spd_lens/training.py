@@ -295,7 +295,7 @@ class Trainer:
             rows = slice(start, start := start + len(some.tokens))
             here = {name: value.detach()[rows].requires_grad_() for name, value in z.items()}
             lower = {name: lower_leaky(value).detach().requires_grad_() for name, value in here.items()}
-            original = some.logits.log_softmax(-1)
+            original = some.logits.to(next(iter(z.values())).dtype).log_softmax(-1)
             for _, alike in itertools.groupby(self._variants(routes, lower), lambda variant: d.first_layer(variant.masks)):
                 while lot := list(itertools.islice(alike, max(1, self.tokens_per_pass // some.tokens.numel()))):
                     with self._autocast():

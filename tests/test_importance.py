@@ -98,8 +98,8 @@ def test_attention_is_the_papers_formula():
 
 def test_positions_beyond_the_learned_ones_share_the_last():
     gate, x, inner = build("attention", s=7, context=3)
-    bias = gate.scores_bias(7)
-    assert bias[6, 0] == bias[6, 4] != bias[6, 5]
+    bias = gate.bias_by_distance(7)  # from 6 ahead to 6 back
+    assert bias[6 + 6] == bias[6 + 2] != bias[6 + 1] and bias[5] == -torch.inf
     assert gate(x, inner).shape == (3, 7, 4)
 
 
@@ -110,3 +110,20 @@ def test_the_scale_of_the_inputs_does_not_matter(kind):
     small = build_importance(kind, x, inner, 6, 1.0, 0.3, 5, True, generator.manual_seed(0))
     large = build_importance(kind, 1000 * x, 1000 * inner, 6, 1.0, 0.3, 5, True, generator.manual_seed(0))
     assert torch.allclose(small(x, inner), large(1000 * x, 1000 * inner), atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(batch=st.integers(1, 3), length=st.integers(1, 12), context=st.integers(1, 14), causal=st.booleans(), scores=st.integers(1, 150))
+def test_attention_in_blocks_equals_attention_at_once_gradients_included(batch, length, context, causal, scores):
+    torch.manual_seed(length)
+    x, weight = torch.randn(batch, length, 5), torch.randn(batch, length, 4)
+    gate = build_importance("attention", x, torch.randn(batch, length, 4), 3, 1.0, 0.3, context, causal, torch.Generator().manual_seed(0))
+    results, before = [], importance.SCORES
+    try:
+        for importance.SCORES in (10**9, scores):
+            z = gate(x, torch.zeros(batch, length, 4))
+            results.append((z, *torch.autograd.grad((z * weight).sum(), list(gate.parameters()))))
+    finally:
+        importance.SCORES = before
+    for whole, blocks in zip(*results):
+        assert torch.allclose(whole, blocks, atol=1e-5 * max(1.0, float(whole.detach().abs().max())))

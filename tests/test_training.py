@@ -234,3 +234,48 @@ class TestBadInput:
 
 def test_the_loaded_one_trains_no_further_by_itself(trained, tmp_path):
     assert Decomposition.load(trained.save(tmp_path), trained.model).steps_done == 12
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_step_that_runs_out_of_memory_takes_smaller_passes(model, error, monkeypatch):
+    config = SPDConfig(**{**QUICK, "steps": 3, "tokens_per_pass": 2 * zoo.tokens(1).numel()})
+    small = weights_of(decompose(model, zoo.tokens(8), config, progress=False))
+    run_many = Decomposition.run_many
+
+    def with_little_memory(self, clean, variants, positions="all"):
+        if len(variants) * clean.tokens.numel() > config.tokens_per_pass:
+            raise error
+        return run_many(self, clean, variants, positions)
+
+    monkeypatch.setattr(Decomposition, "run_many", with_little_memory)
+    with pytest.warns(UserWarning, match=r"step 1: out of memory with 44 tokens per pass; going on with 22"):
+        halved = decompose(model, zoo.tokens(8), config.replace(tokens_per_pass=4 * zoo.tokens(1).numel()), progress=False)
+    assert same(weights_of(halved), small)
+
+
+def test_a_sequence_that_does_not_fit_at_all_says_so(model, monkeypatch):
+    def none(*_):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(Decomposition, "run_many", none)
+    with (
+        pytest.warns(UserWarning, match="going on with"),
+        pytest.raises(SPDError, match="step 1: not even one sequence of 11 tokens fits into memory"),
+    ):
+        decompose(model, zoo.tokens(8), SPDConfig(**QUICK), progress=False)
+
+
+@pytest.mark.parametrize("importance", ["scalar", "vector", "attention"])
+def test_bfloat16_keeps_its_masters_in_float32_and_goes_the_same_way(model, importance):
+    gradients = {}
+    for precision in ("float32", "bfloat16"):
+        config = SPDConfig(**{**QUICK, "importance": importance, "precision": precision, "weights": {"stochastic": 1.0, "minimality": 0.1}})
+        with frozen(model):
+            trainer = Trainer(initialised(model, find_sites(model, config.sites), zoo.tokens(8), config))
+            losses = trainer.step(zoo.tokens(8)).losses
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainer.decomposition.parameters())
+        assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
+        gradients[precision] = torch.cat([p.grad.flatten() for p in trainer.decomposition.parameters()])
+    assert torch.cosine_similarity(*gradients.values(), dim=0) > 0.98
