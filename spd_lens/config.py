@@ -98,7 +98,7 @@ class SPDConfig:
         layerwise_sites: how many sites, drawn anew each step, the layerwise loss masks; None: every one.
         precision: `float32`; or `bfloat16`: matrix products in bfloat16 (autocast), parameters and losses in float32, for GPUs.
         tokens_per_pass: of one masked forward and backward pass; a batch with more, or with more variants, takes several, whose
-            gradients are added up. None: 8,192 on a CPU, 65,536 on a GPU. Halved, with a warning, where memory runs out.
+            gradients are added up. None: 4,096 on a CPU, 65,536 on a GPU. Halved, with a warning, where memory runs out.
     """
 
     sites: str | Sequence[str] = "*"

@@ -37,7 +37,7 @@ from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, check_writable, fill, read_tensors, write_tensors
 
 ADVERSARY_STEP = 0.1
-TOKENS_PER_PASS, CUDA_TOKENS_PER_PASS = 1 << 13, 1 << 16
+TOKENS_PER_PASS, CUDA_TOKENS_PER_PASS = 1 << 12, 1 << 16
 IDENTITY_TOLERANCE = 1e-3  # of the logits' largest value: far above rounding, far below a matrix at the wrong place
 
 
