@@ -10,7 +10,7 @@ demo: $(VENV)/installed  ## install, then take the induction circuit apart: out/
 	$(BIN)/spd-lens induction --out out/induction
 
 test: $(VENV)/installed  ## install, then every test
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 	$(BIN)/python -m pytest -m slow -rP
 
 lint: $(VENV)/installed

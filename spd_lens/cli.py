@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from spd_lens.bench import bench_step
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.metrics import CHEAT
+from spd_lens.ranks import meet
 from spd_lens.report import induction_page
 from spd_lens.storage import check_writable, write_text
 from spd_lens.tasks import induction
@@ -79,16 +81,21 @@ def _induction(options: argparse.Namespace, console: Console) -> None:
     started, out = time.perf_counter(), options.out
     changes = {name: getattr(options, name) for name in ("steps", "subcomponents", "importance") if getattr(options, name) is not None}
     config = SPDConfig.paper(**changes, seed=options.seed) if options.paper else induction.config(**changes, seed=options.seed)
-    check_writable(out, REPORT_BYTES)
+    ranks = meet(torch.device("cpu"))
+    console.quiet = ranks.rank != 0
+    ranks.only_first(lambda: check_writable(out, REPORT_BYTES))
     target, checkpoint = out / "target.safetensors", out / "checkpoint.safetensors"
     if checkpoint.exists() and not options.resume:
         raise SPDError(f"{checkpoint} is left from an interrupted run; go on from it with --resume, delete it, or give another --out.")
-    if options.resume and target.exists():
-        model = induction.load_target(target)
-    else:
+
+    def make_target() -> None:
+        if options.resume and target.exists():
+            return
         console.print(f"training the target (seed {options.seed}) …")
-        model = induction.train_target(options.seed)
-        induction.save_target(model, target, options.seed)
+        induction.save_target(induction.train_target(options.seed), target, options.seed)
+
+    ranks.only_first(make_target)
+    model = induction.load_target(target)
     start = time.perf_counter()
     console.print(
         f"target ready after {start - started:.0f} s; decomposing its six Q, K, V matrices, {config.steps} steps of {config.batch_size} …"
@@ -99,6 +106,8 @@ def _induction(options: argparse.Namespace, console: Console) -> None:
     except KeyboardInterrupt:
         console.print(f"interrupted; the checkpoint is in {checkpoint}. Go on with: spd-lens induction --out {out} --resume")
         raise
+    if ranks.rank != 0:  # the first measures and writes
+        return
     outcome = induction.measure(decomposition, options.seed, started, time.perf_counter() - start)
     decomposition.save(out / "decomposition")
     write_text(out / "results.json", json.dumps(outcome.results(), indent=1))

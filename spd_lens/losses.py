@@ -17,6 +17,7 @@ from spd_lens import masks
 from spd_lens.components import Components
 from spd_lens.config import SPDConfig
 from spd_lens.importance import JUST_ABOVE_1, LEAK, TINY, above, between, upper_leaky
+from spd_lens.ranks import ALONE, Ranks
 from spd_lens.sites import Site
 
 EPSILON = 1e-6  # keeps the slope of g^p finite at 0
@@ -31,6 +32,7 @@ class Pass:
         sites, components: what is decomposed, and into what.
         logits: of importance, site → `[b, s, C]`.
         power: p of `|g|^p`, annealed.
+        ranks: who holds the other sequences of the batch.
     """
 
     sites: Mapping[str, Site]
@@ -38,6 +40,7 @@ class Pass:
     logits: Mapping[str, Tensor]
     power: float
     config: SPDConfig
+    ranks: Ranks = ALONE
 
     @cached_property
     def importances(self) -> dict[str, Tensor]:
@@ -46,8 +49,8 @@ class Pass:
 
     @cached_property
     def usage(self) -> dict[str, Tensor]:
-        """Site → `[C]`, mean of `g^p` over all positions."""
-        return {name: mean_power(z, self.power) for name, z in self.logits.items()}
+        """Site → `[C]`, mean of `g^p` over all positions of the whole batch, the other ranks' sequences included."""
+        return self.ranks.mean({name: mean_power(z, self.power) for name, z in self.logits.items()})
 
 
 class _MeanPower(torch.autograd.Function):

@@ -4,6 +4,7 @@ A decomposition's folder holds `decomposition.json` (config, sites, shapes) and 
 tensor). Everything is written beside its place and renamed, so a reader sees the old or the new, never a half.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -101,10 +102,19 @@ def save_decomposition(decomposition: Decomposition, folder: str | Path) -> Path
     }  # fmt: skip
     description = {"format": FORMAT, "steps_done": decomposition.steps_done, "context": context(decomposition),
                    "config": decomposition.config.to_json(), "sites": sites, "history": decomposition.history}  # fmt: skip
-    identity = secrets.token_hex(8)  # both files carry it: a crash between the two renames cannot mix two decompositions
+    identity = _identity(decomposition, description)
     write_tensors(folder / TENSORS, decomposition.state(), {"format": FORMAT, "identity": identity})
     write_text(folder / DESCRIPTION, json.dumps({**description, "identity": identity}, indent=1))
     return folder
+
+
+def _identity(decomposition: Decomposition, description: Mapping[str, Any]) -> str:
+    """Both files carry it: a crash between the two renames cannot mix two decompositions. It follows from what is written, since every
+    process of a training may save its copy into the same folder."""
+    digest = hashlib.blake2b(json.dumps(description).encode(), digest_size=8)
+    for value in decomposition.state().values():
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def context(decomposition: Decomposition) -> int:

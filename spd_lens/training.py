@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
 from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from
+from spd_lens.ranks import ALONE, Ranks, join
 from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, check_writable, fill, read_tensors, write_tensors
 
@@ -74,21 +75,26 @@ def decompose(
 ) -> Decomposition:  # fmt: skip
     """Split the model's matrices into rank-one subcomponents and learn which of them each position needs.
 
+    Called in every process of `torchrun` or `accelerate launch`, these train one decomposition together (`spd_lens.ranks`).
+
     Args:
         model: a `HookedTransformer` or `TransformerBridge` in float32. It is not changed.
         tokens: `[N, seq]`, from which each step draws `config.batch_size` rows; or an iterable of `[b, seq]` batches.
+            Several processes iterate over the same batches, and each takes its rows of every one.
         config: `SPDConfig()` by default; `steps=0` returns the initialised decomposition.
         progress: show a bar with faithfulness, stochastic KL and active subcomponents per position.
-        checkpoint: a file to keep the state of the training in, written whole or not at all.
+        checkpoint: a file to keep the state of the training in, written whole or not at all. Several
+            processes have to see the same file, and the first of them writes it.
         checkpoint_every: steps between two checkpoints. Ctrl-C writes one more before it stops.
         resume: go on from `checkpoint` where it exists; the result is the same to the bit as without the interruption.
-        callbacks: called with a `StepResult` after every step.
+        callbacks: called with a `StepResult` after every step, in every process.
 
     Raises:
         SPDError: for bad input, before any work starts; during training, when a loss is no longer finite (the step and
             the term are named) or when the batches end early.
     """
     config = config or SPDConfig()
+    ranks = join(model) if hasattr(model, "parameters") else ALONE
     model_at = model_device(model) if hasattr(model, "parameters") else None
     sites = find_sites(model, config.sites)
     for site in sites.values():
@@ -102,16 +108,22 @@ def decompose(
     if checkpoint is not None and checkpoint.exists() and not resume:
         raise SPDError(f"{checkpoint} exists; pass resume=True to go on from it, or delete it to start anew.")
     data = _Data(model, tokens, config)
+    ranks.per_rank(len(data.example) if data.whole is None else config.batch_size)
+    ranks.expect_alike({"config": config.to_json(), "tokens": data.example if data.whole is None else data.whole,
+                        "checkpoint (all have to see one file)": checkpoint is not None and checkpoint.exists(),
+                        **{name: site.weight for name, site in sites.items()}})  # fmt: skip
     if checkpoint is not None:
+        folder = checkpoint.parent
         numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
-        check_writable(checkpoint.parent, 12 * numbers)
+        ranks.only_first(lambda: check_writable(folder, 12 * numbers))
     with frozen(model), reproducible():
         decomposition = initialised(model, sites, data.example, config)
+        ranks.from_first(decomposition.state().values())
         check_identity(decomposition, data.example[:2])
-        trainer = Trainer(decomposition)
+        trainer = Trainer(decomposition, ranks)
         if checkpoint is not None and checkpoint.exists():
             trainer.load(checkpoint)
-        fit(trainer, data, progress, checkpoint, checkpoint_every, list(callbacks))
+        fit(trainer, data, progress and ranks.rank == 0, checkpoint, checkpoint_every, list(callbacks))
     return decomposition
 
 
@@ -223,14 +235,15 @@ class _Variant:
 class Trainer:
     """The state of a training: decomposition, optimiser, randomness, the adversary's memory, the step."""
 
-    def __init__(self, decomposition: Decomposition):
+    def __init__(self, decomposition: Decomposition, ranks: Ranks = ALONE):
         self.decomposition = decomposition
+        self.ranks = ranks
         self.config = config = decomposition.config
         self.device = device = decomposition.parameters()[0].device
         self.tokens_per_pass = config.tokens_per_pass or (TOKENS_PER_PASS if device.type == "cpu" else CUDA_TOKENS_PER_PASS)
         self.optimiser = torch.optim.Adam(decomposition.parameters(), lr=config.learning_rate.at(0), fused=True)
-        generator = torch.Generator(device).manual_seed(config.seed + 1)  # not the stream that initialised the parameters
-        self.draw = masks.Draw(generator, kind=config.masks, layerwise_sites=config.layerwise_sites)
+        self.shared = torch.Generator(device).manual_seed(config.seed + 1)  # not the stream that initialised the parameters
+        self.draw = masks.Draw(self.shared, kind=config.masks, layerwise_sites=config.layerwise_sites)
         for name, c in decomposition.components.items():
             self.draw.sources[name] = self.draw.uniform(c.C, like=c.V)
         self.stopwatch = Stopwatch()
@@ -240,20 +253,37 @@ class Trainer:
         return {name: weight for name, weight in weights.items() if weight != 0}
 
     def step(self, tokens: Tensor) -> StepResult:
-        d, config = self.decomposition, self.config
+        d, config, part = self.decomposition, self.config, self.stopwatch.part
         fraction = d.steps_done / max(1, config.steps)
         weights = self.weights(fraction)
-        losses, active = self._with_room(tokens, lambda: self._gradients(tokens, weights, config.minimality_power.at(fraction)))
-        with self.stopwatch.part("optimiser"):
+        self.draw.generator = self.ranks.stream(self.shared, config.seed, d.steps_done)
+        logits, z, losses = self._with_room(tokens, lambda: self._passes(tokens, weights))
+        losses = self._check(losses)
+        if "adversarial" in weights:
+            gradients = self.ranks.mean({name: r.grad for name, r in self.draw.sources.items() if r.grad is not None})
+            self.draw.sources |= masks.ascend({name: self.draw.sources[name] for name in gradients}, gradients, ADVERSARY_STEP)
+        with part("losses"):
+            seen = Pass(d.sites, d.components, z, config.minimality_power.at(fraction), config, self.ranks)
+            penalties = {name: LOSSES[name](seen) for name in weights if not isinstance(LOSSES[name], Reconstruction)}  # pyright: ignore
+            losses |= self._check(penalties)
+            if penalties:
+                torch.stack([weights[name] * loss for name, loss in penalties.items()]).sum().backward()
+        with part("importance"):
+            torch.autograd.backward(list(logits.values()), [z[name].grad for name in logits])
+        with part("optimiser"):
+            self.ranks.average_gradients(d.parameters())
             for group in self.optimiser.param_groups:
                 group["lr"] = config.learning_rate.at(fraction)
             self.optimiser.step()
         d.steps_done += 1
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+        with torch.no_grad():
+            active = self.ranks.mean({name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in z.items()})
+            total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         return StepResult(d.steps_done, losses, total, active, d)
 
-    def _gradients(self, tokens: Tensor, weights: Mapping[str, float], power: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Fill in `.grad` of every parameter; the losses, and the active subcomponents per site."""
+    def _passes(self, tokens: Tensor, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The clean pass and the masked ones: logits of importance, the same cut off from what they came from and with the gradients of the
+        masked passes, and the reconstruction losses. No rank waits for another here, since memory may run out on one alone."""
         d, part = self.decomposition, self.stopwatch.part
         self.optimiser.zero_grad(set_to_none=True)
         rows = max(1, self.tokens_per_pass // tokens.shape[1])
@@ -267,37 +297,27 @@ class Trainer:
             value.grad = torch.zeros_like(value)
         with part("reconstruction"):
             losses = self._reconstruct(clean, z, weights)
-        with part("losses"):
-            seen = Pass(d.sites, d.components, z, power, self.config)
-            penalties = {name: LOSSES[name](seen) for name in weights if not isinstance(LOSSES[name], Reconstruction)}  # pyright: ignore
-            self._check(penalties)
-            if penalties:
-                torch.stack([weights[name] * loss for name, loss in penalties.items()]).sum().backward()
-            losses |= {name: loss.detach() for name, loss in penalties.items()}
-        with part("importance"):
-            torch.autograd.backward(list(logits.values()), [z[name].grad for name in logits])
-        with torch.no_grad():
-            active = {name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in z.items()}
-        return losses, active
+        return logits, z, losses
 
     def _reconstruct(self, clean: Sequence[Trace], z: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """The masked passes of every weighted reconstruction loss. Gradients are added to those of z, V and U.
+        """The masked passes of every weighted reconstruction loss. Gradients are added to those of z, V, U and the adversary.
 
         Rows of the batch come one lot after the other (`clean`), and in it as many variants at once as `tokens_per_pass` allows, if
         they begin in the same layer. Each pass is followed by its backward pass, so memory grows neither with the batch nor with the
         number of variants.
         """
         d, losses = self.decomposition, {}
-        adversary = {name: r.requires_grad_() for name, r in self.draw.sources.items()} if "adversarial" in weights else {}
-        routes = {name: loss.router(list(d.sites), self.draw) for name in weights if isinstance(loss := LOSSES[name], Reconstruction)}
+        alike = replace(self.draw, generator=self.shared)  # which sites are replaced is the same on all ranks
+        routes = {name: loss.router(list(d.sites), alike) for name in weights if isinstance(loss := LOSSES[name], Reconstruction)}
+        self.draw.sources = {name: r.detach().requires_grad_("adversarial" in weights) for name, r in self.draw.sources.items()}
         batch, start = sum(len(some.tokens) for some in clean), 0
         for some in clean:
             rows = slice(start, start := start + len(some.tokens))
             here = {name: value.detach()[rows].requires_grad_() for name, value in z.items()}
             lower = {name: lower_leaky(value).detach().requires_grad_() for name, value in here.items()}
             original = some.logits.to(next(iter(z.values())).dtype).log_softmax(-1)
-            for _, alike in itertools.groupby(self._variants(routes, lower), lambda variant: d.first_layer(variant.masks)):
-                while lot := list(itertools.islice(alike, max(1, self.tokens_per_pass // some.tokens.numel()))):
+            for _, group in itertools.groupby(self._variants(routes, lower), lambda variant: d.first_layer(variant.masks)):
+                while lot := list(itertools.islice(group, max(1, self.tokens_per_pass // some.tokens.numel()))):
                     with self._autocast():
                         masked = d.run_many(some, [variant.masks for variant in lot], self.config.output_positions)
                     divergence = kl_from(original, masked).flatten(1).mean(1) * (len(some.tokens) / batch)
@@ -308,10 +328,6 @@ class Trainer:
                 if importance.grad is not None:
                     lower_leaky(here[name]).backward(importance.grad)
                     z[name].grad[rows] += here[name].grad  # pyright: ignore
-        self._check(losses)
-        if adversary:
-            gradients = {name: r.grad for name, r in adversary.items() if r.grad is not None}
-            self.draw.sources = {**self.draw.sources, **masks.ascend({n: adversary[n] for n in gradients}, gradients, ADVERSARY_STEP)}
         return losses
 
     def _variants(self, routes: Mapping[str, Sequence[Sequence[str]]], lower: Mapping[str, Tensor]) -> "Iterator[_Variant]":
@@ -326,7 +342,7 @@ class Trainer:
 
     def _with_room(self, tokens: Tensor, work: Callable[[], Any]) -> Any:
         """`work`, again with half the tokens per pass where memory runs out."""
-        before = self.draw.generator.get_state(), dict(self.draw.sources)
+        before = self.draw.generator.get_state(), self.shared.get_state()
         while True:
             try:
                 return work()
@@ -342,7 +358,7 @@ class Trainer:
                 self.tokens_per_pass = fewer
             self.optimiser.zero_grad(set_to_none=True)
             self.draw.generator.set_state(before[0])
-            self.draw.sources = {name: r.detach() for name, r in before[1].items()}
+            self.shared.set_state(before[1])
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -353,7 +369,7 @@ class Trainer:
         for index, slots in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
         tensors |= {f"adversary.{name}": r for name, r in self.draw.sources.items()}
-        tensors["generator.state"] = self.draw.generator.get_state()
+        tensors["generator.state"] = self.shared.get_state()
         about = {"format": FORMAT, "config": d.config.to_json(), "steps_done": d.steps_done, "history": d.history}
         write_tensors(path, tensors, about)
 
@@ -381,14 +397,17 @@ class Trainer:
         self.optimiser.load_state_dict(state)
         device = d.parameters()[0].device
         self.draw.sources = {name: r.to(device) for name, r in parts["adversary"].items()}
-        self.draw.generator.set_state(parts["generator"]["state"])
+        self.shared.set_state(parts["generator"]["state"])
         d.steps_done, d.history = about["steps_done"], about["history"]
 
-    def _check(self, losses: Mapping[str, Tensor]) -> None:
+    def _check(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of all ranks together, finite."""
+        losses = self.ranks.mean({name: loss.detach() for name, loss in losses.items()})
         for name, loss in losses.items():
             if not torch.isfinite(loss):
                 raise SPDError(f"step {self.decomposition.steps_done + 1}: the {name} loss is {float(loss)}. The last checkpoint is kept; "
                                "lower learning_rate, or the weight of this term.")  # fmt: skip
+        return losses
 
 
 def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, checkpoint_every: int, callbacks: list[Callback]) -> None:
@@ -398,30 +417,34 @@ def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, 
     line = max(1, config.steps // 100)
     bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
     whole = True  # whether the state is that between two steps
+
+    def keep(path: Path) -> None:
+        trainer.ranks.only_first(lambda: trainer.save(path))
+
     try:
         with interrupts_wait() as interrupted:
             while d.steps_done < config.steps:
                 whole = False
-                result = trainer.step(data.take(d.steps_done, trainer.draw.generator))
+                result = trainer.step(trainer.ranks.share(data.take(d.steps_done, trainer.shared)))
                 whole = True
                 if result.step % line == 0 or result.step == config.steps:
                     d.history.append(result.figures())
                     bar.set_postfix_str(_postfix(d, d.history[-1]), refresh=False)
                 bar.update()
                 if checkpoint is not None and result.step % checkpoint_every == 0:
-                    trainer.save(checkpoint)
+                    keep(checkpoint)
                 for callback in callbacks:
                     callback(result)
-                if interrupted():
+                if trainer.ranks.anywhere(interrupted()):
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         if checkpoint is not None and whole:
-            trainer.save(checkpoint)
+            keep(checkpoint)
         raise
     finally:
         bar.close()
     if checkpoint is not None and config.steps and d.steps_done % checkpoint_every:
-        trainer.save(checkpoint)
+        keep(checkpoint)
 
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:

@@ -52,6 +52,15 @@ def test_a_loss_of_ones_own_as_the_docs_show_it():
         LOSSES.update(before)
 
 
+@pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank")
+def test_the_script_for_several_processes_runs_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = blocks("docs/training.md")[4].replace('TransformerBridge.boot_transformers("gpt2")', "small_model()")
+    code = code.replace("subcomponents=768, batch_size=64", 'subcomponents=33, batch_size=2, steps=2, gate_width=2, sites="*.W_Q"')
+    exec(compile(code, "docs/training.md", "exec"), {"small_model": small_model})
+    assert (tmp_path / "run" / "decomposition").is_dir()
+
+
 def test_links_lead_somewhere():
     for path in ("README.md", *(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / path).read_text()):
