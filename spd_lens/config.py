@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.schema import Count, Natural, brief, check
 
 Importance = Literal["attention", "vector", "scalar"]
 Initialisation = Literal["svd", "random"]
@@ -28,14 +29,15 @@ class Schedule:
     def __post_init__(self) -> None:
         try:
             points = tuple((float(at), float(value)) for at, value in self.points)
-        except (TypeError, ValueError):
-            raise SPDError(f"a schedule was given as {self.points!r}; give a number, or (fraction, value) pairs "
+        except (TypeError, ValueError, OverflowError):
+            raise SPDError(f"a schedule was given as {brief(self.points)}; give a number, or (fraction, value) pairs "
                            "such as ((0, 0.2), (0.5, 0.02)).") from None  # fmt: skip
         ats = [at for at, _ in points]
-        if not points or ats != sorted(ats) or not 0 <= ats[0] <= ats[-1] <= 1 or not all(math.isfinite(v) for _, v in points):
-            raise SPDError(f"a schedule was given as {points!r}; its fractions have to rise within 0 … 1 and its values be finite.")
+        finite = all(math.isfinite(at) and math.isfinite(value) for at, value in points)
+        if not points or not finite or ats != sorted(ats) or not 0 <= ats[0] <= ats[-1] <= 1:
+            raise SPDError(f"a schedule was given as {brief(points)}; its fractions have to rise within 0 … 1 and its values be finite.")
         if self.shape not in ("linear", "cosine"):
-            raise SPDError(f"a schedule's shape was given as {self.shape!r}; {nearest(str(self.shape), ('linear', 'cosine'))}.")
+            raise SPDError(f"a schedule's shape was given as {brief(self.shape)}; {nearest(brief(self.shape), ('linear', 'cosine'))}.")
         object.__setattr__(self, "points", points)
 
     @classmethod
@@ -43,6 +45,9 @@ class Schedule:
         if isinstance(value, Schedule):
             return value
         if isinstance(value, Mapping):
+            if not {"points"} <= value.keys() <= {"points", "shape"}:
+                raise SPDError(f"a schedule was given as {brief(value)}; it has to hold its points, and may hold its shape.")
+            check("a schedule's shape", value.get("shape", "linear"), str)
             return cls(**value)
         return cls(((0.0, value),)) if isinstance(value, (int, float)) else cls(value)
 
@@ -102,36 +107,39 @@ class SPDConfig:
     """
 
     sites: str | Sequence[str] = "*"
-    subcomponents: int | Mapping[str, int] = 64
+    subcomponents: Count | Mapping[str, Count] = 64
     importance: Importance | str = "attention"
-    gate_width: int = 16
-    gate_bias: float = 1.0
-    distance_decay: float = 0.3
+    gate_width: Count = 16
+    gate_bias: float | int = 1.0
+    distance_decay: float | int = 0.3
     init: Initialisation | str = "svd"
-    steps: int = 2400
-    batch_size: int = 32
+    steps: Natural = 2400
+    batch_size: Count = 32
     learning_rate: ScheduleLike = ((0.0, 5e-3), (0.75, 1e-3), (1.0, 0.0))
     output_positions: Positions | str = "all"
-    seed: int = 0
+    seed: Natural = 0
     device: str | None = None
     weights: Mapping[str, ScheduleLike] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
     minimality_power: ScheduleLike = ((0.0, 1.0), (0.75, 0.1))
-    frequency_scale: float = 0.05
+    frequency_scale: float | int = 0.05
     masks: MaskKind | str = "mixed"
-    layerwise_sites: int | None = 2
+    layerwise_sites: Count | None = 2
     precision: Precision | str = "float32"
-    tokens_per_pass: int | None = None
+    tokens_per_pass: Count | None = None
 
     def __new__(cls, *args: Any, **given: Any) -> "SPDConfig":
-        allowed = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in allowed:
-                raise SPDError(f"SPDConfig has no {name!r}; {nearest(name, allowed)}.")
+        kinds = {f.name: f.type for f in fields(cls)}
+        for name, value in given.items():
+            if name not in kinds:
+                raise SPDError(f"SPDConfig has no {brief(name)}; {nearest(name, kinds)}.")
+            check(name, value, kinds[name])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         keep = object.__setattr__
         keep(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        for name in ("gate_bias", "distance_decay", "frequency_scale"):
+            keep(self, name, float(getattr(self, name)))
         for name in ("learning_rate", "minimality_power"):
             keep(self, name, Schedule.of(getattr(self, name)))
         keep(self, "weights", {name: Schedule.of(weight) for name, weight in self.weights.items()})
@@ -144,17 +152,7 @@ class SPDConfig:
         }.items():
             given = getattr(self, name)
             if given not in get_args(kind):
-                raise SPDError(f"{name} was given as {given!r}; {nearest(str(given), get_args(kind))}.")
-        for name, least in {"gate_width": 1, "steps": 0, "batch_size": 1, "tokens_per_pass": 1, "layerwise_sites": 1}.items():
-            given = getattr(self, name)
-            if given is None and name in ("tokens_per_pass", "layerwise_sites"):
-                continue
-            if not isinstance(given, int) or isinstance(given, bool) or given < least:
-                raise SPDError(f"{name} was given as {given!r}; it has to be a whole number of at least {least}.")
-        counts = self.subcomponents.values() if isinstance(self.subcomponents, Mapping) else [self.subcomponents]
-        for count in counts:
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise SPDError(f"subcomponents was given as {count!r}; a matrix needs at least 1, and as many as its rank to be exact.")
+                raise SPDError(f"{name} was given as {brief(given)}; {nearest(given, get_args(kind))}.")
         if self.frequency_scale <= 0:
             raise SPDError(f"frequency_scale was given as {self.frequency_scale!r}; it has to be above 0.")
 

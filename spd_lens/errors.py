@@ -11,7 +11,7 @@ class SPDError(ValueError):
 def nearest(given: str, allowed: Iterable[str], most: int = 3) -> str:
     """A phrase naming the allowed names closest to `given`, or all of them when none is close."""
     allowed = list(allowed)
-    close = get_close_matches(given, allowed, n=most, cutoff=0.5)
+    close = get_close_matches(given[:100], allowed, n=most, cutoff=0.5)
     if close:
         return "nearest: " + ", ".join(close)
     shown = ", ".join(allowed[:12]) + (f", … ({len(allowed)} in all)" if len(allowed) > 12 else "")

@@ -137,7 +137,7 @@ class Importance(nn.Module):
 
 
 def _gaussian(*shape: int, scale: float, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(scale * torch.randn(*shape, generator=generator, device=generator.device))
+    return nn.Parameter(scale * torch.randn(*shape, generator=generator))
 
 
 class _MLPs(nn.Module):
@@ -146,9 +146,9 @@ class _MLPs(nn.Module):
     def __init__(self, d: int, C: int, width: int, bias: float, generator: torch.Generator):
         super().__init__()
         self.w1 = _gaussian(d, C, width, scale=d**-0.5, generator=generator)
-        self.b1 = nn.Parameter(torch.zeros(C, width, device=generator.device))
+        self.b1 = nn.Parameter(torch.zeros(C, width))
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
-        self.b2 = nn.Parameter(torch.full((C,), bias, device=generator.device))
+        self.b2 = nn.Parameter(torch.full((C,), bias))
 
     def forward(self, *inputs: Float[Tensor, "b s _"]) -> Float[Tensor, "b s C"]:
         z = fast_independent_mlps([x.flatten(0, 1) for x in inputs], self.w1, self.b1, self.w2, self.b2)
@@ -167,7 +167,7 @@ class ScalarImportance(Importance):
         self.w1 = _gaussian(C, width, scale=1.0, generator=generator)
         self.b1 = _gaussian(C, width, scale=1.0, generator=generator)
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
-        self.b2 = nn.Parameter(torch.full((C,), bias, device=generator.device))
+        self.b2 = nn.Parameter(torch.full((C,), bias))
 
     def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
         hidden = F.gelu((inner / self.scale)[..., None] * self.w1 + self.b1)
@@ -209,7 +209,7 @@ class AttentionImportance(Importance):
         self.context, self.causal = context, causal
         self.register_buffer("scale", scale)
         self.W_Q, self.W_K, self.W_V = (_gaussian(d_in, width, scale=d_in**-0.5, generator=generator) for _ in range(3))
-        distance = torch.arange(context if causal else 2 * context - 1, dtype=torch.float32, device=generator.device)
+        distance = torch.arange(context if causal else 2 * context - 1, dtype=torch.float32)
         distance = distance if causal else (distance - (context - 1)).abs()
         self.relative = nn.Parameter(-decay * width**0.5 * distance)  # r: divided by √d_k with the scores
         self.absolute = _gaussian(context, width, scale=0.1, generator=generator)
@@ -258,12 +258,13 @@ def build_importance(
     """The importance function of one site; `x` and `inner` of some data set the scale of its inputs, once and for all."""
     rms = x.square().mean().sqrt().clamp_min(1e-6)
     d_in, C = x.shape[-1], inner.shape[-1]
-    match kind:
-        case "scalar":
-            per_component = inner.square().mean((0, 1)).sqrt()
-            importance = ScalarImportance(per_component.clamp_min(1e-6), width, bias, generator)
-        case "vector":
-            importance = VectorImportance(d_in, C, rms, width, bias, generator)
-        case _:
-            importance = AttentionImportance(d_in, C, rms, width, bias, generator, context, causal, decay)
+    with x.device:  # the parameters are made there
+        match kind:
+            case "scalar":
+                per_component = inner.square().mean((0, 1)).sqrt()
+                importance = ScalarImportance(per_component.clamp_min(1e-6), width, bias, generator)
+            case "vector":
+                importance = VectorImportance(d_in, C, rms, width, bias, generator)
+            case _:
+                importance = AttentionImportance(d_in, C, rms, width, bias, generator, context, causal, decay)
     return importance.to(x.dtype)

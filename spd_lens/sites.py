@@ -167,6 +167,11 @@ def is_causal(model: Any) -> bool:
     return getattr(model.cfg, "attention_dir", "causal") != "bidirectional"
 
 
+def site_names(model: Any) -> list[str]:
+    """TransformerLens' name of every weight matrix, in the model's order, whether it can be served or not."""
+    return _layout(model).names()
+
+
 def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Site]:
     """The weight matrices whose names match any of the glob `patterns`, in the model's order.
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
 from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from
 from spd_lens.ranks import ALONE, Ranks, join
+from spd_lens.schema import Count, Natural
 from spd_lens.sites import Site, find_sites, is_causal, model_device
-from spd_lens.storage import FORMAT, check_writable, fill, read_tensors, write_tensors
+from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
 
 ADVERSARY_STEP = 0.1
 TOKENS_PER_PASS, CUDA_TOKENS_PER_PASS = 1 << 12, 1 << 16
@@ -232,6 +233,16 @@ class _Variant:
     masks: masks.Masks
 
 
+class Progress(TypedDict):
+    """What a checkpoint says about itself."""
+
+    format: Literal[1]
+    config: dict[str, Any]
+    steps_done: Natural
+    tokens_per_pass: Count
+    history: list[dict[str, Any]]
+
+
 class Trainer:
     """The state of a training: decomposition, optimiser, randomness, the adversary's memory, the step."""
 
@@ -247,6 +258,7 @@ class Trainer:
         for name, c in decomposition.components.items():
             self.draw.sources[name] = self.draw.uniform(c.C, like=c.V)
         self.stopwatch = Stopwatch()
+        self.kept: int | None = None  # the step of the last checkpoint
 
     def weights(self, fraction: float) -> dict[str, float]:
         weights = {name: schedule.at(fraction) for name, schedule in self.config.weights.items()}
@@ -362,43 +374,54 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name; what Adam has not begun is zeros, as it would begin."""
+        d = self.decomposition
+        tensors = {f"decomposition.{name}": value for name, value in d.state().items()}
+        for index, parameter in enumerate(d.parameters()):
+            if not (slots := self.optimiser.state[parameter]):
+                slots["step"] = torch.zeros((), device=parameter.device)
+                slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            tensors |= {f"optimiser.{index}.{slot}": value for slot, value in slots.items()}
+        tensors |= {f"adversary.{name}": r for name, r in self.draw.sources.items()}
+        return {**tensors, "generator.state": self.shared.get_state()}
+
     def save(self, path: Path) -> None:
         """Everything that it takes to go on as if the training had not stopped, in one file."""
         d = self.decomposition
-        tensors = {f"decomposition.{name}": value for name, value in d.state().items()}
-        for index, slots in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{slot}": torch.as_tensor(value) for slot, value in slots.items()}
-        tensors |= {f"adversary.{name}": r for name, r in self.draw.sources.items()}
-        tensors["generator.state"] = self.shared.get_state()
-        about = {"format": FORMAT, "config": d.config.to_json(), "steps_done": d.steps_done, "history": d.history}
-        write_tensors(path, tensors, about)
+        about = {"format": FORMAT, "config": d.config.to_json(), "steps_done": d.steps_done,
+                 "tokens_per_pass": self.tokens_per_pass, "history": d.history}  # fmt: skip
+        try:
+            write_tensors(path, self._tensors(), about)
+        except SPDError as error:
+            kept = self.kept is not None and path.exists()
+            earlier = f"The checkpoint of step {self.kept} is kept in {path}" if kept else "There is no earlier checkpoint"
+            raise SPDError(f"step {d.steps_done}: {error} {earlier}; mend this, and go on with resume=True.") from error
+        self.kept = d.steps_done
 
     def load(self, path: Path) -> None:
         """Go back to where `save` was called.
 
         Raises:
-            SPDError: the file is cut short or not ours, or was written under another config or for another model.
+            SPDError: the file is cut short, damaged or not ours, or was written under another config or for another model.
         """
         d = self.decomposition
-        tensors, about = read_tensors(path, torch.device("cpu"))
-        now, then = json.loads(json.dumps(d.config.to_json())), about.get("config", {})
+        saved = Saved(path, Progress)
+        now, then = json.loads(json.dumps(d.config.to_json())), saved.about["config"]
         changed = [key for key in now if now[key] != then.get(key)]
-        if about.get("format") != FORMAT or changed:
+        if changed:
             raise SPDError(f"{path} was written under another config (other: {', '.join(changed)}); resume with the same, or start anew.")
-        parts: dict[str, dict[str, Tensor]] = {"decomposition": {}, "optimiser": {}, "adversary": {}, "generator": {}}
-        for key, value in tensors.items():
-            part, _, rest = key.partition(".")
-            parts.setdefault(part, {})[rest] = value
-        fill(d, parts["decomposition"], str(path))
-        state = self.optimiser.state_dict()
-        for key, value in parts["optimiser"].items():
-            index, slot = key.split(".")
-            state["state"].setdefault(int(index), {})[slot] = value
-        self.optimiser.load_state_dict(state)
-        device = d.parameters()[0].device
-        self.draw.sources = {name: r.to(device) for name, r in parts["adversary"].items()}
-        self.shared.set_state(parts["generator"]["state"])
-        d.steps_done, d.history = about["steps_done"], about["history"]
+        if saved.about["steps_done"] > d.config.steps:
+            raise SPDError(f"{path} is of step {saved.about['steps_done']}, of {d.config.steps} in all; start anew.")
+        tensors = self._tensors()
+        saved.copy_to(tensors)
+        try:
+            self.shared.set_state(tensors["generator.state"])
+        except RuntimeError as error:
+            raise SPDError(f"{path}: generator.state is no state of a generator ({error}).") from error
+        d.steps_done, d.history = saved.about["steps_done"], saved.about["history"]
+        self.tokens_per_pass = saved.about["tokens_per_pass"]  # less than at the start, if memory ran out
+        self.kept = d.steps_done
 
     def _check(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same of all ranks together, finite."""

@@ -1,4 +1,6 @@
 import os
+import shutil
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
@@ -32,3 +34,17 @@ def trained(model):
     config = SPDConfig(steps=12, subcomponents=12, batch_size=4, gate_width=4)
     with pytest.warns(UserWarning, match="rank"):
         return decompose(model, zoo.tokens(16), config, progress=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB; needs the right to mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", place], capture_output=True).returncode
+    ):
+        pytest.skip("mounting a small file system is not allowed here")
+    yield place
+    subprocess.run(["umount", place], check=True)

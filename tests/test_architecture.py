@@ -8,7 +8,7 @@ from pathlib import Path
 import spd_lens
 
 PACKAGE = Path(spd_lens.__file__).parent
-ORDER = ["errors", "guards", "config", "sites", "ranks", "components", "importance", "masks", "suffix", "decomposition", "losses", "metrics", "storage", "training",
+ORDER = ["errors", "schema", "guards", "config", "sites", "ranks", "components", "importance", "masks", "suffix", "decomposition", "losses", "metrics", "storage", "training",
          "tasks", "tasks.induction", "bench", "viz", "report", "cli", "__main__"]  # fmt: skip
 
 

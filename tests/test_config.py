@@ -24,6 +24,20 @@ def test_unknown_names_are_refused_with_the_nearest():
         (dict(frequency_scale=0.0), "above 0"),
         (dict(learning_rate=((0.5, 1.0), (0.2, 1.0))), "rise"),
         (dict(learning_rate="fast"), "schedule"),
+        (dict(learning_rate=((0.0, 1.0), (float("nan"), 1.0), (1.0, 1.0))), "finite"),
+        (dict(learning_rate=10**400), "schedule"),
+        (dict(learning_rate={"points": 3}), "schedule"),
+        (dict(learning_rate={"shape": "linear"}), "hold its points"),
+        (dict(weights={"stochastic": {"points": [[0, 1]], "colour": 3}}), "hold its points"),
+        (dict(weights=3), "weights was given as 3; it has to be a mapping"),
+        (dict(sites=5), "sites was given as 5; it has to be text or a list"),
+        (dict(sites=["*", 5]), "sites was given"),
+        (dict(steps="6"), "steps was given as '6'; it has to be a whole number of at least 0"),
+        (dict(steps=True), "steps was given as True"),
+        (dict(seed=1 << 70), "seed was given"),
+        (dict(gate_bias=float("inf")), "gate_bias was given as inf; it has to be a finite number"),
+        (dict(layerwise_sites=0), "layerwise_sites was given as 0; it has to be a whole number of at least 1 or None"),
+        (dict(device=0), "device was given as 0; it has to be text or None"),
     ],
 )
 def test_bad_values_say_what_is_allowed(given, message):
@@ -58,3 +72,8 @@ def test_the_papers_settings():
     assert (paper.minimality_power.at(0), paper.minimality_power.at(1)) == (0.9, pytest.approx(0.1))
     assert (paper.learning_rate.at(0), paper.learning_rate.at(1)) == (1e-3, pytest.approx(0))
     assert (paper.masks, paper.init, paper.output_positions) == ("uniform", "random", "last")
+
+
+def test_a_whole_number_is_a_number():
+    config = SPDConfig(gate_bias=2, distance_decay=0, frequency_scale=1)
+    assert [type(config.gate_bias), type(config.distance_decay), type(config.frequency_scale)] == [float] * 3

@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -124,20 +123,6 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SPDError, match="cannot take"):
         check_writable(tmp_path / "file" / "below", 10)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 256 KiB; needs the right to mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if (
-        shutil.which("mount") is None
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", place], capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small file system is not allowed here")
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def test_a_full_disk_keeps_what_was_there(untrained, trained, small_disk, model):

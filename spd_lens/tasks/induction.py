@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pandas as pd
 import torch
@@ -26,7 +26,8 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.guards import reproducible
 from spd_lens.metrics import LABELS, Verification, census, verify
-from spd_lens.storage import read_tensors, write_tensors
+from spd_lens.schema import Natural
+from spd_lens.storage import Saved, write_tensors
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -173,19 +174,22 @@ def config(**changes: Any) -> SPDConfig:
     return SPDConfig(**{"sites": SITES, "subcomponents": WIDTH, "output_positions": "last", **changes})
 
 
+class _Made(TypedDict):
+    """How a saved target was made."""
+
+    seed: Natural
+    bridge: bool
+
+
 def save_target(model: Any, path: Path, seed: int) -> None:
     write_tensors(path, dict(model.named_parameters()), {"seed": seed, "bridge": isinstance(model, TransformerBridge)})
 
 
 def load_target(path: Path) -> Any:
     """The target that `save_target` wrote, for `Decomposition.load(folder, model)`."""
-    tensors, about = read_tensors(path, torch.device("cpu"))
-    model = build_target(about["seed"], about["bridge"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                raise SPDError(f"{path}: {name} of shape {list(parameter.shape)} is missing; the file is no induction target.")
-            parameter.copy_(tensors[name])
+    saved = Saved(path, _Made)
+    model = build_target(saved.about["seed"], saved.about["bridge"])
+    saved.copy_to(dict(model.named_parameters()))
     return model
 
 
