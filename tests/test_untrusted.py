@@ -59,24 +59,20 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def nodes(tree, path=()):
-    """Every place in a JSON tree."""
-    yield path
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
-        yield from nodes(value, (*path, key))
+def keys(tree):
+    return list(tree) if isinstance(tree, dict) else list(range(len(tree)))
 
 
 def spoilt(data, tree, nasty):
     """The tree with a few of its places replaced, taken out, renamed or given to another."""
     tree = deepcopy(tree)
     for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(list(nodes(tree))))
-        if not path:
-            continue
-        *way, last = path
-        holder = tree
-        for key in way:
-            holder = holder[key]
+        if not tree:
+            break
+        holder, last = tree, data.draw(st.sampled_from(keys(tree)))
+        while isinstance(holder[last], (dict, list)) and holder[last] and data.draw(st.integers(0, 3)):
+            holder = holder[last]
+            last = data.draw(st.sampled_from(keys(holder)))
         how = data.draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "add", "swap"]))
         if how == "replace":
             holder[last] = deepcopy(data.draw(nasty))
@@ -89,7 +85,7 @@ def spoilt(data, tree, nasty):
         elif how == "add":
             holder[str(data.draw(st.one_of(nasty, st.text())))] = deepcopy(data.draw(nasty))
         else:
-            holder[last] = deepcopy(holder[data.draw(st.sampled_from(list(holder)))])
+            holder[last] = deepcopy(holder[data.draw(st.sampled_from(keys(holder)))])
     return tree
 
 
