@@ -1,9 +1,7 @@
 """`spd-lens`: parse, call, print."""
 
 import argparse
-import itertools
 import json
-import subprocess
 import sys
 import time
 import warnings
@@ -15,18 +13,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from spd_lens.bench import bench_step
+from spd_lens.cli_bench import add_bench
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.metrics import CHEAT
 from spd_lens.ranks import meet
-from spd_lens.report import induction_page
+from spd_lens.report import REPORT_BYTES, induction_page
 from spd_lens.storage import check_writable, write_text
 from spd_lens.tasks import induction
 from spd_lens.training import decompose
 
 WIDTH = 110
-REPORT_BYTES = 8_000_000  # plotly itself, and our figures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,16 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     toy.add_argument("--quiet", action="store_true", help="no progress bar")
     toy.set_defaults(call=_induction)
 
-    bench = commands.add_parser("bench", help="measure speed and memory")
-    kinds = bench.add_subparsers(required=True, metavar="WHAT")
-    step = kinds.add_parser("step", help="the training step; one JSON line per configuration, each in a process of its own")
-    step.add_argument("--batch", type=int, nargs="+", default=[128])
-    step.add_argument("--subcomponents", type=int, nargs="+", default=[100])
-    step.add_argument("--importance", nargs="+", default=["attention"], choices=("attention", "vector", "scalar"))
-    step.add_argument("--threads", type=int, nargs="+", default=[1])
-    step.add_argument("--device", default="cpu")
-    step.add_argument("--steps", type=int, default=5, help="timed steps (%(default)s)")
-    step.set_defaults(call=_bench_step)
+    add_bench(commands)
     return parser
 
 
@@ -125,16 +113,6 @@ def _induction(options: argparse.Namespace, console: Console) -> None:
     console.print(
         f"{outcome.seconds:.0f} s in all, {outcome.seconds_decomposition:.0f} s of it the decomposition. See {out / 'report.html'}"
     )
-
-
-def _bench_step(options: argparse.Namespace, console: Console) -> None:
-    cases = list(itertools.product(options.batch, options.subcomponents, options.importance, options.threads))
-    for batch, C, importance, threads in cases:
-        if len(cases) == 1:
-            print(json.dumps(bench_step(batch, C, importance, threads, options.device, options.steps)), flush=True)
-        else:  # peak memory is a process's: one configuration each
-            subprocess.run([sys.executable, "-m", "spd_lens", "bench", "step", "--batch", str(batch), "--subcomponents", str(C), "--importance",
-                            importance, "--threads", str(threads), "--device", options.device, "--steps", str(options.steps)], check=True)  # fmt: skip
 
 
 def _print(console: Console, frame: pd.DataFrame, title: str) -> None:

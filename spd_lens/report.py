@@ -13,6 +13,7 @@ from spd_lens import viz
 from spd_lens.metrics import CHEAT, Verification
 from spd_lens.tasks.induction import PAPER, Outcome
 
+REPORT_BYTES = 8_000_000  # of a page: plotly itself, and our figures
 STYLE = """
 :root { color-scheme: light; }
 body { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif; margin: 0 auto; max-width: 1080px; padding: 24px;

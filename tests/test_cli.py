@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from spd_lens import Decomposition, cli
+from spd_lens.bench import BENCHES
+from spd_lens.bench.models import CLASSES
 from spd_lens.tasks import induction
 
 QUICK = ["--steps", "3", "--subcomponents", "16", "--quiet"]
@@ -40,6 +42,15 @@ def test_induction_writes_all_that_it_promises(target, capsys):
         (["induction", "--out", "/proc/nowhere"], "cannot take"),
         (["induction", "--subcomponents", "0"], "at least 1"),
         (["induction", "--steps", "-1"], "at least 0"),
+        (["bench", "step", "--batch", "4", "0"], "batch was given as 0"),
+        (["bench", "step", "--layers", "2"], "--model gpt2"),
+        (["bench", "step", "--device", "warp"], "allowed: cpu, cuda"),
+        (["bench", "forward", "--model", "Transformer"], "TransformerBridge"),
+        (["bench", "forward", "--plot", "/proc/nowhere/a.html"], "cannot take"),
+        (["bench", "length", "--length", "-1"], "length was given as -1"),
+        (["bench", "length", "--plot", "/tmp"], "is a folder"),
+        (["bench", "scale", "--d-model", "0"], "d_model was given as 0"),
+        (["bench", "scale", "--plot", "/proc/a.html"], "cannot take"),
     ],
 )
 def test_bad_input_is_one_line_and_found_at_once(arguments, message, capsys, tmp_path, monkeypatch):
@@ -77,7 +88,40 @@ def test_several_configurations_run_in_processes_of_their_own():
     assert [json.loads(line)["batch"] for line in lines] == [2, 4]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["induction", "--help"], ["bench", "--help"], ["bench", "step", "--help"]])
+TINY = ["--batch", "2", "--subcomponents", "4", "--length", "6", "--layers", "1", "--width", "16", "--vocabulary", "20"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["step", "--model", "gpt2", "--steps", "1", *TINY],
+        ["forward", "--model", CLASSES[0], "--rounds", "1", *TINY],
+        ["length", "--length", "8", "--subcomponents", "4", "--steps", "1"],
+    ],
+)
+def test_bench_prints_json_and_draws_a_page_that_needs_no_other(arguments, capsys, tmp_path):
+    threads = torch.get_num_threads()
+    cli.main(["bench", *arguments, "--plot", str(tmp_path / "new" / "bench.html")])
+    torch.set_num_threads(threads)
+    line = json.loads(capsys.readouterr().out)
+    assert line["roofline_share"] > 0 and line["device"] == "cpu"
+    page = (tmp_path / "new" / "bench.html").read_text()
+    assert "src=" not in page.split("<body>")[1] and page.count('class="plotly-graph-div"') == 1 and "roofline_share" in page
+
+
+@pytest.mark.slow
+def test_bench_scale_prints_a_line_per_axis(capsys, tmp_path):
+    base = ["--d-model", "16", "--subcomponents", "4", "--layers", "1", "--batch", "2", "--length", "6", "--steps", "1"]
+    cli.main(["bench", "scale", "--axes", "batch", "layers", "--largest", "2", *base, "--plot", str(tmp_path / "scale.html")])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["axis"], line["from"], line["to"], len(line["points"])) for line in lines] == [("batch", 2, 4, 2), ("layers", 1, 2, 2)]
+    assert "exponent_time" in lines[0] and lines[0]["base"]["layers"] == 1 and (tmp_path / "scale.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["induction", "--help"], ["bench", "--help"], *(["bench", kind, "--help"] for kind in BENCHES)],
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)

@@ -46,3 +46,22 @@ def test_the_circuit_names_what_is_active_where():
     )  # fmt: skip
     texts = " ".join(annotation.text for annotation in figure.layout.annotations)
     assert "<b>K0</b>  2" in texts and "5 of them" in texts and "0.50" in texts and "Q0" not in texts
+
+
+def test_bench_growth_names_each_axis_with_its_exponents():
+    def axis(name):
+        points = [{name: n, "seconds": 0.1 * n, "memory_mb": 2.0 * n} for n in (8, 16)]
+        return {
+            "axis": name,
+            "exponent_time": 1.0,
+            "exponent_memory": None,
+            "from": 8,
+            "to": 16,
+            "base": {"device": "cpu"},
+            "points": points,
+        }
+
+    figure = viz.bench_growth_lines([axis("batch"), axis("layers")])
+    names = [trace.name for trace in figure.data if trace.showlegend]
+    assert "batch 8 … 16: time n^1.00, memory n^?" in names and len(names) == 4  # and two grey ones to read slopes by
+    assert list(figure.data[2].x) == [1, 2] and list(viz.bench_growth_lines([axis("batch")]).data[2].x) == [8, 16]
