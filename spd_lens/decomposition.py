@@ -301,11 +301,18 @@ class Decomposition:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
         hooks = rewrite_hooks(self.model, self.sites, rewrites, replacing)
+        points = self.model.hook_dict  # once: TransformerBridge makes it anew, for every hook, when its own `hooks` is asked to attach
         try:
-            with self.model.hooks(fwd_hooks=hooks):
-                yield
+            for name, function in hooks:
+                points[name].add_hook(function)
+            yield
         finally:
             disarm(hooks)
+            ours = {id(function) for _, function in hooks}
+            for name in dict(hooks):
+                for handle in [handle for handle in points[name].fwd_hooks if id(handle.user_hook) in ours]:
+                    handle.hook.remove()
+                    points[name].fwd_hooks.remove(handle)
 
     def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         reached = set()
