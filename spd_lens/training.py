@@ -100,8 +100,10 @@ def decompose(
     sites = find_sites(model, config.sites)
     for site in sites.values():
         check_weight(site)
-    if config.device is not None and torch.device(config.device).type != model_at.type:  # pyright: ignore
+    if config.device is not None and not str(model_at).startswith(config.device):
         raise SPDError(f"config.device is {config.device!r} and the model is on {model_at}; move it with model.to({config.device!r}).")
+    if checkpoint_every < 1:
+        raise SPDError(f"checkpoint_every was given as {checkpoint_every!r}; it is a number of steps, at least 1.")
     for name in config.weights:
         if name not in LOSSES:
             raise SPDError(f"there is no loss {name!r}; {nearest(name, LOSSES)}.")
@@ -290,7 +292,7 @@ class Trainer:
         d.steps_done += 1
         with torch.no_grad():
             active = self.ranks.mean({name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in z.items()})
-            total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
+            total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
         return StepResult(d.steps_done, losses, total, active, d)
 
     def _passes(self, tokens: Tensor, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -212,6 +212,19 @@ class TestBadInput:
         with pytest.raises(SPDError, match="config.device is 'cuda' and the model is on cpu"):
             decompose(model, zoo.tokens(), SPDConfig(**QUICK, device="cuda"), progress=False)
 
+    def test_a_device_that_is_none(self, model):
+        with pytest.raises(SPDError, match="config.device is 'cdua' and the model is on cpu"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK, device="cdua"), progress=False)
+
+    def test_a_checkpoint_every_no_step(self, model, tmp_path):
+        with pytest.raises(SPDError, match="checkpoint_every was given as 0; it is a number of steps, at least 1"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK), progress=False, checkpoint=tmp_path / "c", checkpoint_every=0)
+
+    def test_nothing_to_learn_from_is_no_error(self, model):
+        before = decompose(model, zoo.tokens(8), SPDConfig(**{**QUICK, "steps": 0}), progress=False)
+        after = decompose(model, zoo.tokens(8), SPDConfig(**{**QUICK, "steps": 2, "weights": {}}), progress=False)
+        assert same(weights_of(before), weights_of(after)) and after.steps_done == 2
+
     def test_unknown_loss(self, model):
         with pytest.raises(SPDError, match="no loss 'faithfullness'; nearest: faithfulness"):
             decompose(model, zoo.tokens(), SPDConfig(**QUICK, weights={"faithfullness": 1.0}), progress=False)
