@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 LEAK = 0.01
 CHUNK = 1 << 19  # hidden activations worked on at once: 2 MiB of float32, about what a core holds in its cache
@@ -224,24 +223,14 @@ class AttentionImportance(Importance):
         return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
 
     def attend(self, q: Float[Tensor, "b s w"], k: Float[Tensor, "b s w"], v: Float[Tensor, "b s w"]) -> Float[Tensor, "b s w"]:
-        """The head's output. Long sequences go block by block of queries, and a block's scores are computed anew in the backward pass, so
-        that memory grows with the length and not with its square."""
+        """The head's output; of long sequences block by block, so that memory grows with the length and not with its square."""
         batch, length, _ = q.shape
         ahead = self.bias_by_distance(length).flip(0).to(q.dtype)  # [0] is the farthest back
-        step = max(1, length // 4)
-
-        def block(start: int, end: int) -> Tensor:
-            reach = -(-end // step) * step if self.causal else length  # few different sizes, or the heap falls to pieces
-            keys = min(reach, length)
-            # query i sees key j at distance i - j: a window of the biases that moves by one from query to query
-            bias = ahead[length - end : length - start + keys - 1].unfold(0, keys, 1).flip(0)
-            return F.scaled_dot_product_attention(q[:, None, start:end], k[:, None, :keys], v[:, None, :keys], attn_mask=bias)[:, 0]
-
         rows = max(1, (SCORES if q.device.type == "cpu" else CUDA_SCORES) // (batch * length))
-        if rows >= length:
-            return block(0, length)
-        blocks = [(start, min(start + rows, length)) for start in range(0, length, rows)]
-        return torch.cat([checkpoint(block, *ends, use_reentrant=False, preserve_rng_state=False) for ends in blocks], 1)  # pyright: ignore
+        if rows < length:
+            return _BlockedAttention.apply(q, k, v, ahead, rows, self.causal)
+        bias = _windows(ahead, 0, length, length).flip(0)
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=bias)[:, 0]
 
     def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
         x = x / self.scale
@@ -249,6 +238,60 @@ class AttentionImportance(Importance):
         q, k = x @ self.W_Q, x @ self.W_K
         v = x @ self.W_V + encoding
         return self.mlps(self.attend(q, k, v.to(q.dtype)), x)
+
+
+def _windows(ahead: Tensor, start: int, end: int, keys: int) -> Tensor:
+    """The biases of the queries `end - 1` down to `start` and the first `keys` keys: query i sees key j at distance i - j, so that each
+    query's row is a window of the biases by distance, moved by one from the next query's. `[end - start, keys]`, no memory of its own."""
+    length = (len(ahead) + 1) // 2
+    return ahead[length - end : length - start + keys - 1].unfold(0, keys, 1)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """`softmax(q·kᵀ/√w + bias)·v`, one block of queries after the other in the same two buffers; the scores are computed anew in the backward
+    pass. In a block the queries run backwards, as `_windows` does."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, ahead, rows, causal):
+        out = torch.empty_like(q)
+        ctx.rows, ctx.causal = rows, causal
+        for queries, weights, _ in _BlockedAttention.blocks(q, k, ahead, rows, causal):
+            out[:, queries] = (weights @ v[:, : weights.shape[-1]]).flip(1)
+        ctx.save_for_backward(q, k, v, ahead, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, ahead, out = ctx.saved_tensors
+        length, scale = q.shape[1], q.shape[-1] ** -0.5
+        dq, dk, dv, dahead = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(ahead)
+        through = (gradient * out).sum(-1, keepdim=True)
+        for queries, weights, spare in _BlockedAttention.blocks(q, k, ahead, ctx.rows, ctx.causal):
+            many, keys = weights.shape[-2:]
+            dout = gradient[:, queries].flip(1)
+            dv[:, :keys].baddbmm_(weights.transpose(1, 2), dout)
+            dscores = torch.bmm(dout, v[:, :keys].transpose(1, 2), out=spare).sub_(through[:, queries].flip(1)).mul_(weights)
+            dq[:, queries] = (dscores @ k[:, :keys]).mul_(scale).flip(1)
+            dk[:, :keys].baddbmm_(dscores.transpose(1, 2), q[:, queries].flip(1), alpha=scale)
+            # sums along the diagonals: with `many` zeros after each row, rows one shorter start one later each
+            padded = F.pad(dscores.sum(0), (0, many)).flatten()
+            start = length - queries.stop
+            dahead[start : start + keys + many - 1] += padded[: many * (keys + many - 1)].view(many, -1).sum(0)
+        return dq, dk, dv, dahead, None, None
+
+    @staticmethod
+    def blocks(q: Tensor, k: Tensor, ahead: Tensor, rows: int, causal: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slices of queries, their attention weights `[b, rows, keys]`, and as much spare memory."""
+        batch, length, width = q.shape
+        memory = [q.new_empty(batch * rows * length) for _ in range(2)]
+        for start in range(0, length, rows):
+            end = min(start + rows, length)
+            keys = end if causal else length
+            weights, scores = (m[: batch * (end - start) * keys].view(batch, -1, keys) for m in memory)
+            bias = _windows(ahead, start, end, keys).expand(batch, -1, -1)
+            torch.baddbmm(bias, q[:, start:end].flip(1), k[:, :keys].transpose(1, 2), alpha=width**-0.5, out=scores)
+            yield slice(start, end), torch.softmax(scores, -1, out=weights), scores
 
 
 def build_importance(
