@@ -19,8 +19,9 @@ from spd_lens.components import Components, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
-from spd_lens.sites import Hook, Passage, Rewrite, Site, disarm, model_device, rewrite_hooks
+from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
 from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
+from spd_lens.visits import disarm, rewrite_hooks
 
 TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
 

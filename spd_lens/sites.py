@@ -1,20 +1,14 @@
 """Where a weight matrix is, what it reads, what it writes: the only file that knows TransformerLens' classes.
 
 1. `find_sites` lists the matrices by TransformerLens' own names (`blocks.0.attn.W_Q`, …), heads flattened.
-2. `rewrite_hooks` turns `{site name: rewrite}` into ordinary `(hook name, function)` pairs. A rewrite sees what passes
-   through its site and may return another output.
-3. The pairs follow one rule: *capture last, override first*. At the entry of a block its hooks are put in that order, so
-   a person's patch upstream of a site is seen by the site, and a hook of theirs on the same point is applied after ours.
-
-4. A rewrite that does not look at the original output says so, and the original product is not computed: between the reading
-   and the writing of a site its weight has no columns (HookedTransformer) or its linear layer does nothing (TransformerBridge).
+2. A `Wire` says how a site is reached in a model as its flags stand now: which hook or argument it reads, which hook it writes, and how its
+   original product can be kept from being computed. `spd_lens.visits` follows it.
 
 A site's input is not at a hook in every case (HookedTransformer adds LayerNorm's weights and shortformer positions
-inside the block). There it is taken from the arguments of the attention or MLP module, whose next call is watched from the entry of
-the block on.
+inside the block). There it is taken from the arguments of the attention or MLP module.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,7 +17,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from spd_lens.errors import SPDError, nearest
@@ -111,7 +104,7 @@ Rewrite = Callable[[Passage], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class _Wire:
+class Wire:
     """How one site is reached today (a model's flags may change between two calls)."""
 
     site: Site
@@ -121,12 +114,12 @@ class _Wire:
     bias_in_output: bool = True
     norm: Callable[[Tensor], Tensor] | None = None  # Bridge forks the heads before LayerNorm, and no hook follows it
     result_by_head: bool = False
-    idle: "_Idle | None" = None  # keeps the original product from being computed; None where that is not known to be safe
+    idle: "Idle | None" = None  # keeps the original product from being computed; None where that is not known to be safe
     within: nn.Module | None = None  # the module whose call it is read and, if so, skipped in
 
 
 @dataclass(frozen=True, eq=False)
-class _Idle:
+class Idle:
     """Attributes of `module` that are shadowed while the original product is not wanted. Shadows lie in the instance's `__dict__`, which
     Python asks before `nn.Module` does: parameters, `state_dict` and everything else of the model stay as they are."""
 
@@ -152,7 +145,7 @@ def model_is_supported(model: Any) -> bool:
     return isinstance(model, TransformerBridge) or (HookedTransformer is not None and isinstance(model, HookedTransformer))
 
 
-def _layout(model: Any) -> "_HookedTransformerLayout | _BridgeLayout":
+def layout_of(model: Any) -> "_HookedTransformerLayout | _BridgeLayout":
     if isinstance(model, TransformerBridge):
         return _BridgeLayout(model)
     if model_is_supported(model):
@@ -169,7 +162,7 @@ def is_causal(model: Any) -> bool:
 
 def site_names(model: Any) -> list[str]:
     """TransformerLens' name of every weight matrix, in the model's order, whether it can be served or not."""
-    return _layout(model).names()
+    return layout_of(model).names()
 
 
 def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Site]:
@@ -186,7 +179,7 @@ def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Sit
         SPDError: no site matches a pattern (the nearest names are listed), a pattern means a bias, or a matching matrix
             cannot be served (the site and the reason are named).
     """
-    layout = _layout(model)
+    layout = layout_of(model)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     available = layout.names()
     if not patterns:
@@ -204,188 +197,6 @@ def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Sit
         if reason := layout.refusal(name):
             raise SPDError(f"{name} cannot be decomposed: {reason}")
     return {name: layout.site(name) for name in chosen}
-
-
-def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> list[Hook]:
-    """`(hook name, function)` pairs for `fwd_hooks=` and `model.hooks(...)` which apply each site's rewrite.
-
-    Args:
-        model: the model that `sites` were found in.
-        sites: from `find_sites`.
-        rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
-            leave the output as it is.
-        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`.
-    """
-    layout = _layout(model)
-    pairs: list[Hook] = []
-    blocks: dict[str, list[_Visit]] = {}
-    for name, rewrite in rewrites.items():
-        wire = layout.wire(sites[name])
-        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, name in replacing and wire.idle is not None))
-    hook_points = model.hook_dict
-    for entry, visits in blocks.items():
-        points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
-        pairs.append((entry, _Arrive(visits, points)))
-        for visit in visits:
-            if isinstance(visit.wire.read, str) and visit.wire.read in hook_points:
-                pairs.append((visit.wire.read, _Capture(visit)))
-            pairs.append((visit.wire.write, _Override(visit)))
-    return pairs
-
-
-@dataclass(eq=False)
-class _Visit:
-    """One site during one forward pass: what was read, until it is used."""
-
-    wire: _Wire
-    rewrite: Rewrite
-    skips: bool = False
-    read: Tensor | None = None
-    wake: Callable[[], None] | None = None
-
-    @property
-    def hook_names(self) -> list[str]:
-        return [name for name in (self.wire.read, self.wire.write) if isinstance(name, str)]
-
-    def disarm(self) -> None:
-        self.end_skip()
-        self.read = None
-
-    def capture(self, tensor: Tensor) -> None:
-        self.read = tensor
-        if self.skips and self.wire.idle is not None:
-            self.wake = self.wire.idle.begin()
-
-    def end_skip(self) -> None:
-        if self.wake is not None:
-            self.wake()
-        self.wake = None
-
-    def write(self, output: Tensor) -> Tensor | None:
-        passage = self.passage(output)
-        self.disarm()
-        new = self.rewrite(passage)
-        return None if new is None else self.back(passage, new, output)
-
-    def passage(self, output: Tensor) -> Passage:
-        wire, site = self.wire, self.wire.site
-        if self.read is None:
-            raise SPDError(f"{site.name}: its output was computed before its input was seen; this model does not run the "
-                           "block as TransformerLens describes it, so the site cannot be decomposed.")  # fmt: skip
-        read = self.read
-        bias = site.bias if wire.bias_in_output and not wire.result_by_head else None
-        if wire.result_by_head:
-            x = read.flatten(2)
-            apart = torch.eye(site.heads, dtype=x.dtype, device=x.device)
-            by_head = torch.einsum("bshd,gh->gbshd", x.unflatten(-1, (site.heads, -1)), apart).flatten(3)
-            return Passage(x, rearrange(output, "b s h d -> h b s d"), None, by_head)
-        if site.kind in ("W_Q", "W_K", "W_V") and read.ndim == 4:
-            if wire.norm is not None:
-                read = wire.norm(read)
-            by_head = rearrange(read[:, :, : site.heads], "b s h d -> h b s d")
-            y = output.flatten(2).expand(site.heads, -1, -1, -1)
-            return Passage(by_head.mean(0), y, bias, by_head)
-        return Passage(read.flatten(2), None if self.skips else output.flatten(2), bias)
-
-    def back(self, passage: Passage, new: Tensor, output: Tensor) -> Tensor:
-        """`new` in the shape that the hook carries."""
-        if self.wire.result_by_head:
-            return rearrange(new, "h b s d -> b s h d")
-        if passage.by_head is not None:  # head h of the output, computed from head h of the input
-            own = new.unflatten(-1, (self.wire.site.heads, -1)).diagonal(dim1=0, dim2=3)
-            return rearrange(own, "b s d h -> b s h d").reshape(output.shape)
-        return new.reshape(*output.shape[:-1], -1)  # a product that was skipped has heads without width
-
-
-class _Capture:
-    def __init__(self, visit: _Visit):
-        self.visit = visit
-
-    def __call__(self, tensor: Tensor, hook: Any) -> None:
-        self.visit.capture(tensor)
-
-
-class _Override:
-    def __init__(self, visit: _Visit):
-        self.visit = visit
-
-    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
-        if getattr(hook, "_target", None) is not None and hook.name != hook._target.name:
-            return None  # compatibility mode calls a hook once per alias of its point
-        return self.visit.write(tensor)
-
-
-class _Watch:
-    """The next call of a module's `forward`, once: takes the arguments that sites read, after every pre-hook, and sees to it that a
-    product is skipped in this call alone, however it ends."""
-
-    def __init__(self, module: nn.Module, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
-        self.module, self.visits, self.points, self.before = module, visits, points, None
-
-    def begin(self) -> None:
-        self.end()
-        self.before, self.forward = self.module.__dict__.get("forward"), self.module.forward
-        self.module.__dict__["forward"] = self
-
-    def end(self) -> None:
-        if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
-            if self.before is not None:
-                self.module.__dict__["forward"] = self.before
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.end()
-        try:
-            for visit in filter(self.attached, self.visits):
-                match visit.wire.read:
-                    case int(position):
-                        visit.capture(args[position])
-                    case str(name) if name in kwargs:
-                        visit.capture(kwargs[name])
-            return self.forward(*args, **kwargs)
-        finally:
-            for visit in self.visits:
-                visit.end_skip()
-
-    def attached(self, visit: _Visit) -> bool:
-        """An error between the entry of the block and this call may have taken our hooks away."""
-        return any(getattr(handle.user_hook, "visit", None) is visit for handle in self.points[visit.wire.write].fwd_hooks)
-
-
-class _Arrive:
-    """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
-
-    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
-        self.visits, self.points = visits, points
-        modules = {visit.wire.within: None for visit in visits if visit.wire.within is not None}
-        self.watches = [_Watch(module, [visit for visit in visits if visit.wire.within is module], points) for module in modules]
-
-    def disarm(self) -> None:
-        for visit in self.visits:
-            visit.disarm()
-        for watch in self.watches:
-            watch.end()
-
-    def __call__(self, tensor: Tensor, hook: Any) -> None:
-        self.disarm()
-        for watch in self.watches:
-            watch.begin()
-        for point in self.points.values():
-            order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
-            own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
-            for key, function in reversed(own):
-                if isinstance(function, _Override) and key in order:
-                    order.move_to_end(key, last=False)
-            for key, function in own:
-                if isinstance(function, _Capture) and key in order:
-                    order.move_to_end(key)
-
-
-def disarm(hooks: Iterable[Hook]) -> None:
-    """Take back what a forward pass has left that was broken off between a block's entry and its end."""
-    for _, function in hooks:
-        if isinstance(function, _Arrive):
-            function.disarm()
 
 
 @dataclass
@@ -426,29 +237,29 @@ class _HookedTransformerLayout:
         bias = getattr(module, own.replace("W_", "b_"), None)
         return _flattened(name, weight, bias)
 
-    def wire(self, site: Site) -> _Wire:
+    def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
         block = self.model.blocks[site.layer]
         entry = f"{base}.hook_resid_pre"
         gated = hasattr(block, "mlp") and hasattr(block.mlp, "W_gate")
         part = block.attn if site.kind in ATTENTION else block.mlp
         within = dict(within=part)
-        idle = dict(within=part, idle=_Idle(part, self._narrowed(part, site.kind, gated)))
+        idle = dict(within=part, idle=Idle(part, self._narrowed(part, site.kind, gated)))
         match site.kind:
             case "W_Q" | "W_K" | "W_V":
                 argument = {"W_Q": "query_input", "W_K": "key_input", "W_V": "value_input"}[site.kind]
                 apart = within if cfg.use_split_qkv_input or cfg.use_attn_in else idle
-                return _Wire(site, entry, argument, f"{base}.attn.hook_{ATTENTION[site.kind]}", **apart)
+                return Wire(site, entry, argument, f"{base}.attn.hook_{ATTENTION[site.kind]}", **apart)
             case "W_O" if cfg.use_attn_result:
-                return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.attn.hook_result", result_by_head=True)
+                return Wire(site, entry, f"{base}.attn.hook_z", f"{base}.attn.hook_result", result_by_head=True)
             case "W_O":
-                return _Wire(site, entry, f"{base}.attn.hook_z", f"{base}.hook_attn_out", **idle)
+                return Wire(site, entry, f"{base}.attn.hook_z", f"{base}.hook_attn_out", **idle)
             case "W_out":
-                return _Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out", **idle)
+                return Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out", **idle)
             case "W_in" if gated:  # b_in is added later, on the way to hook_post
-                return _Wire(site, entry, 0, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
+                return Wire(site, entry, 0, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
             case _:
-                return _Wire(site, entry, 0, f"{base}.mlp.hook_pre", **idle)
+                return Wire(site, entry, 0, f"{base}.mlp.hook_pre", **idle)
 
     @staticmethod
     def _narrowed(part: nn.Module, kind: str, gated: bool) -> Callable[[], dict[str, Any]]:
@@ -497,7 +308,7 @@ class _BridgeLayout:
         module = getattr(self.model.blocks[int(layer)], part)
         return _flattened(name, getattr(module, kind).detach(), getattr(module, kind.replace("W_", "b_"), None))
 
-    def wire(self, site: Site) -> _Wire:
+    def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
         block = self.model.blocks[site.layer]
         entry = f"{base}.hook_in"
@@ -505,26 +316,24 @@ class _BridgeLayout:
         if site.kind in MLP:
             functional = getattr(block.mlp, "_use_processed_weights", False) and "gate" in block.mlp._modules
             read = f"{base}.mlp.hook_in" if functional and site.kind != "W_out" else f"{base}.mlp.{part}.hook_in"
-            return _Wire(
-                site, entry, read, f"{base}.mlp.{part}.hook_out", idle=None if functional else self._resting(site, block.mlp, part)
-            )
+            return Wire(site, entry, read, f"{base}.mlp.{part}.hook_out", idle=None if functional else self._resting(site, block.mlp, part))
         if site.kind == "W_O":
             if getattr(cfg, "use_attn_result", False):
-                return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.hook_result", result_by_head=True)
-            return _Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.o.hook_out", idle=self._resting(site, block.attn, part))
+                return Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.hook_result", result_by_head=True)
+            return Wire(site, entry, f"{base}.attn.o.hook_in", f"{base}.attn.o.hook_out", idle=self._resting(site, block.attn, part))
         write = f"{base}.attn.{part}.hook_out"
         split, shared = getattr(cfg, "use_split_qkv_input", False), getattr(cfg, "use_attn_in", False)
         if not (split or shared):
-            return _Wire(site, entry, f"{base}.attn.{part}.hook_in", write, idle=self._resting(site, block.attn, part))
+            return Wire(site, entry, f"{base}.attn.{part}.hook_in", write, idle=self._resting(site, block.attn, part))
         read = f"{base}.attn.hook_{part}_input" if split else f"{base}.attn.hook_attn_in"
 
         def norm(x: Tensor) -> Tensor:  # TransformerBridge applies ln1 after the fork where it forked before it
             return block.attn._apply_ln1_per_head(x) if block.attn._captured_pre_ln_residual is not None else x
 
-        return _Wire(site, entry, read, write, norm=norm)
+        return Wire(site, entry, read, write, norm=norm)
 
     @classmethod
-    def _resting(cls, site: Site, module: nn.Module, part: str) -> _Idle | None:
+    def _resting(cls, site: Site, module: nn.Module, part: str) -> Idle | None:
         """The wrapped linear layer answers with one zero in the shape of its output, which takes no memory."""
         component = cls._part(module, part)
         linear = None if component is None else component._modules.get("_original_component")
@@ -534,7 +343,7 @@ class _BridgeLayout:
         def nothing(x: Tensor, *_: Any, **__: Any) -> Tensor:
             return x.new_zeros(()).expand(*x.shape[:-1], site.d_out)
 
-        return _Idle(linear, lambda: {"forward": nothing})
+        return Idle(linear, lambda: {"forward": nothing})
 
 
 def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:

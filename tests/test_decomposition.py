@@ -105,7 +105,7 @@ def test_ablation_takes_exactly_the_subcomponent_out_of_the_weight(name):
         def edited(passage):
             return passage.biased(passage.source @ left)
 
-        from spd_lens.sites import rewrite_hooks
+        from spd_lens.visits import rewrite_hooks
 
         expected = d.model.run_with_hooks(tokens, fwd_hooks=rewrite_hooks(d.model, d.sites, {site: edited}))
         ablated = d.model.run_with_hooks(tokens, fwd_hooks=d.ablate({site: [3, 7]}))

@@ -1,0 +1,204 @@
+"""What happens at the sites during one forward pass: read, replace, give back.
+
+1. `rewrite_hooks` turns `{site name: rewrite}` into ordinary `(hook name, function)` pairs. A rewrite sees what passes
+   through its site (a `Passage`) and may return another output.
+2. The pairs follow one rule: *capture last, override first*. At the entry of a block its hooks are put in that order, so
+   a person's patch upstream of a site is seen by the site, and a hook of theirs on the same point is applied after ours.
+3. What is read from a module's arguments is taken in its next call, which is watched from the entry of the block on.
+4. A rewrite that does not look at the original output says so, and the original product is not computed: between the reading
+   and the writing of a site its weight has no columns (HookedTransformer) or its linear layer does nothing (TransformerBridge).
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from spd_lens.errors import SPDError
+from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, layout_of
+
+
+def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> list[Hook]:
+    """`(hook name, function)` pairs for `fwd_hooks=` and `model.hooks(...)` which apply each site's rewrite.
+
+    Args:
+        model: the model that `sites` were found in.
+        sites: from `find_sites`.
+        rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
+            leave the output as it is.
+        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`.
+    """
+    layout = layout_of(model)
+    pairs: list[Hook] = []
+    blocks: dict[str, list[_Visit]] = {}
+    for name, rewrite in rewrites.items():
+        wire = layout.wire(sites[name])
+        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, name in replacing and wire.idle is not None))
+    hook_points = model.hook_dict
+    for entry, visits in blocks.items():
+        points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
+        pairs.append((entry, _Arrive(visits, points)))
+        for visit in visits:
+            if isinstance(visit.wire.read, str) and visit.wire.read in hook_points:
+                pairs.append((visit.wire.read, _Capture(visit)))
+            pairs.append((visit.wire.write, _Override(visit)))
+    return pairs
+
+
+@dataclass(eq=False)
+class _Visit:
+    """One site during one forward pass: what was read, until it is used."""
+
+    wire: Wire
+    rewrite: Rewrite
+    skips: bool = False
+    read: Tensor | None = None
+    wake: Callable[[], None] | None = None
+
+    @property
+    def hook_names(self) -> list[str]:
+        return [name for name in (self.wire.read, self.wire.write) if isinstance(name, str)]
+
+    def disarm(self) -> None:
+        self.end_skip()
+        self.read = None
+
+    def capture(self, tensor: Tensor) -> None:
+        self.read = tensor
+        if self.skips and self.wire.idle is not None:
+            self.wake = self.wire.idle.begin()
+
+    def end_skip(self) -> None:
+        if self.wake is not None:
+            self.wake()
+        self.wake = None
+
+    def write(self, output: Tensor) -> Tensor | None:
+        passage = self.passage(output)
+        self.disarm()
+        new = self.rewrite(passage)
+        return None if new is None else self.back(passage, new, output)
+
+    def passage(self, output: Tensor) -> Passage:
+        wire, site = self.wire, self.wire.site
+        if self.read is None:
+            raise SPDError(f"{site.name}: its output was computed before its input was seen; this model does not run the "
+                           "block as TransformerLens describes it, so the site cannot be decomposed.")  # fmt: skip
+        read = self.read
+        bias = site.bias if wire.bias_in_output and not wire.result_by_head else None
+        if wire.result_by_head:
+            x = read.flatten(2)
+            apart = torch.eye(site.heads, dtype=x.dtype, device=x.device)
+            by_head = torch.einsum("bshd,gh->gbshd", x.unflatten(-1, (site.heads, -1)), apart).flatten(3)
+            return Passage(x, rearrange(output, "b s h d -> h b s d"), None, by_head)
+        if site.kind in ("W_Q", "W_K", "W_V") and read.ndim == 4:
+            if wire.norm is not None:
+                read = wire.norm(read)
+            by_head = rearrange(read[:, :, : site.heads], "b s h d -> h b s d")
+            y = output.flatten(2).expand(site.heads, -1, -1, -1)
+            return Passage(by_head.mean(0), y, bias, by_head)
+        return Passage(read.flatten(2), None if self.skips else output.flatten(2), bias)
+
+    def back(self, passage: Passage, new: Tensor, output: Tensor) -> Tensor:
+        """`new` in the shape that the hook carries."""
+        if self.wire.result_by_head:
+            return rearrange(new, "h b s d -> b s h d")
+        if passage.by_head is not None:  # head h of the output, computed from head h of the input
+            own = new.unflatten(-1, (self.wire.site.heads, -1)).diagonal(dim1=0, dim2=3)
+            return rearrange(own, "b s d h -> b s h d").reshape(output.shape)
+        return new.reshape(*output.shape[:-1], -1)  # a product that was skipped has heads without width
+
+
+class _Capture:
+    def __init__(self, visit: _Visit):
+        self.visit = visit
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        self.visit.capture(tensor)
+
+
+class _Override:
+    def __init__(self, visit: _Visit):
+        self.visit = visit
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:
+        if getattr(hook, "_target", None) is not None and hook.name != hook._target.name:
+            return None  # compatibility mode calls a hook once per alias of its point
+        return self.visit.write(tensor)
+
+
+class _Watch:
+    """The next call of a module's `forward`, once: takes the arguments that sites read, after every pre-hook, and sees to it that a
+    product is skipped in this call alone, however it ends."""
+
+    def __init__(self, module: nn.Module, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
+        self.module, self.visits, self.points, self.before = module, visits, points, None
+
+    def begin(self) -> None:
+        self.end()
+        self.before, self.forward = self.module.__dict__.get("forward"), self.module.forward
+        self.module.__dict__["forward"] = self
+
+    def end(self) -> None:
+        if self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+            if self.before is not None:
+                self.module.__dict__["forward"] = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.end()
+        try:
+            for visit in filter(self.attached, self.visits):
+                match visit.wire.read:
+                    case int(position):
+                        visit.capture(args[position])
+                    case str(name) if name in kwargs:
+                        visit.capture(kwargs[name])
+            return self.forward(*args, **kwargs)
+        finally:
+            for visit in self.visits:
+                visit.end_skip()
+
+    def attached(self, visit: _Visit) -> bool:
+        """An error between the entry of the block and this call may have taken our hooks away."""
+        return any(getattr(handle.user_hook, "visit", None) is visit for handle in self.points[visit.wire.write].fwd_hooks)
+
+
+class _Arrive:
+    """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
+
+    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
+        self.visits, self.points = visits, points
+        modules = {visit.wire.within: None for visit in visits if visit.wire.within is not None}
+        self.watches = [_Watch(module, [visit for visit in visits if visit.wire.within is module], points) for module in modules]
+
+    def disarm(self) -> None:
+        for visit in self.visits:
+            visit.disarm()
+        for watch in self.watches:
+            watch.end()
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        self.disarm()
+        for watch in self.watches:
+            watch.begin()
+        for point in self.points.values():
+            order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
+            own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
+            for key, function in reversed(own):
+                if isinstance(function, _Override) and key in order:
+                    order.move_to_end(key, last=False)
+            for key, function in own:
+                if isinstance(function, _Capture) and key in order:
+                    order.move_to_end(key)
+
+
+def disarm(hooks: Iterable[Hook]) -> None:
+    """Take back what a forward pass has left that was broken off between a block's entry and its end."""
+    for _, function in hooks:
+        if isinstance(function, _Arrive):
+            function.disarm()
