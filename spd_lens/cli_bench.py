@@ -43,7 +43,7 @@ def add_bench(commands: Any) -> None:
     step.add_argument("--batch", type=int, nargs="+", help="sequences (induction: 128; gpt2: 4)")
     step.add_argument("--subcomponents", type=int, nargs="+", help="per matrix (induction: 100; gpt2: 256)")
     step.add_argument("--importance", nargs="+", default=["attention"], choices=("attention", "vector", "scalar"), help="(attention)")
-    step.add_argument("--steps", type=int, default=5, help="timed steps, after two that warm up (%(default)s)")
+    step.add_argument("--steps", type=int, help="timed steps, after two that warm up (induction: 5; gpt2: 3)")
     _shape(step, "gpt2 only: ", default=False)
 
     forward = _kind(kinds, "forward", "the forward pass of GPT-2 small, every matrix replaced by subcomponents, beside the plain one",
@@ -97,12 +97,12 @@ def _step(options: argparse.Namespace, console: Console) -> None:
     own = MODELS[options.model]
     cases = _cases(
         options, batch=options.batch or [own["batch"]], subcomponents=options.subcomponents or [own["subcomponents"]],
-        importance=options.importance, threads=options.threads, steps=[options.steps], model=[options.model],
+        importance=options.importance, threads=options.threads, steps=[own["steps"] if options.steps is None else options.steps], model=[options.model],
         **{name: [value] for name, value in shape.items()},
     )  # fmt: skip
     lines = _measure("step", cases)
     _page(options, "The training step", "Time of one step by what it is spent on. The black mark is the time that its matrix products would "
-          "take alone, at the rate of one big product in the same run: the limit without fewer operations. The grey one, where there is one, is the "
+          "take alone, at the rate of one big product in the same run: the limit without fewer operations. The diamond, where there is one, is the "
           "model's own forward and backward pass.", viz.bench_step_bars(lines), lines)  # fmt: skip
 
 
@@ -186,5 +186,5 @@ def _page(options: argparse.Namespace, title: str, explanation: str, figure: Any
     flat = [{key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in line.items()} for line in lines]
     where = torch.cuda.get_device_name(options.device) if options.device != "cpu" else f"{platform.machine()} CPU"
     lead = f"spd-lens bench, on {where}, torch {torch.__version__}."
-    table = pd.DataFrame(flat).T.rename_axis("key")
+    table = pd.DataFrame(flat, index=pd.Index([f"line {number}" for number in range(1, len(flat) + 1)])).T.rename_axis("key")
     write_text(options.plot, page(title, lead, [("The picture", explanation, figure), ("The figures", KEYS, table)]))

@@ -168,7 +168,8 @@ def positional_attention_circuit(
     return _finish(figure, "The circuit: subcomponents active at each position, and the attention between them", 520, showlegend=False)
 
 
-MARK = dict(symbol="line-ns-open", size=26, line_width=3)
+PRODUCTS, LIMIT = "its matrix products alone, at full speed", dict(symbol="line-ns-open", size=26, line_width=3, color="black")
+OWN, OWN_MARK = "the model's own forward + backward", dict(symbol="diamond", size=14, color="white", line_color="black", line_width=2)
 
 
 def bench_step_bars(lines: Sequence[Mapping[str, Any]]) -> go.Figure:
@@ -181,13 +182,13 @@ def bench_step_bars(lines: Sequence[Mapping[str, Any]]) -> go.Figure:
     for part, colour in zip(lines[0]["shares"], (BLUE, ORANGE, GREEN, PURPLE)):
         shares = [line["shares"][part] for line in lines]
         figure.add_bar(y=labels, x=[share * s for share, s in zip(shares, seconds)], name=part, orientation="h", marker_color=colour,
-                       text=[f"{share:.0%}" if share >= 0.04 else "" for share in shares], textposition="inside", insidetextanchor="middle",
+                       text=[f"{share:.0%}" if share >= 0.04 else "" for share in shares], textposition="inside", insidetextanchor="start",
                        textangle=0, textfont_color="white", hovertemplate=f"{part}: %{{x:.3g}} s<extra></extra>")  # fmt: skip
-    marks = [("its matrix products alone", "#000000", "roofline_s")]
+    marks = [(PRODUCTS, LIMIT, "roofline_s")]
     if any("plain_s" in line for line in lines):
-        marks.append(("the model's own forward + backward", GREY, "plain_s"))
-    for name, colour, key in marks:
-        figure.add_scatter(y=labels, x=[line.get(key) for line in lines], name=name, mode="markers", marker=dict(MARK, color=colour),
+        marks.append((OWN, OWN_MARK, "plain_s"))
+    for name, mark, key in marks:
+        figure.add_scatter(y=labels, x=[line.get(key) for line in lines], name=name, mode="markers", marker=mark,
                            hovertemplate=f"{name}: %{{x:.3g}} s<extra></extra>")  # fmt: skip
     figure.update_xaxes(title=f"{_clock(lines[0])} of one training step", rangemode="tozero")
     figure.update_yaxes(autorange="reversed")
@@ -212,9 +213,9 @@ def bench_forward_bars(lines: Sequence[Mapping[str, Any]]) -> go.Figure:
         figure.add_bar(y=labels, x=[line[f"{name}_s"] for name in passes], orientation="h", marker_color=[colour for _, colour, _ in passes.values()],
                        text=[f"{line[f'{name}_s']:.3g} s" for name in passes], textposition="auto", textangle=0, showlegend=False, row=row, col=1,
                        hovertemplate="%{y}: %{x:.3g} s<extra></extra>")  # fmt: skip
-        figure.add_scatter(y=labels, x=[line[key] for _, _, key in passes.values()], mode="markers", marker=dict(MARK, color="#000000"),
-                           name="its matrix products alone", showlegend=row == 1, row=row, col=1,
-                           hovertemplate="its matrix products alone: %{x:.3g} s<extra></extra>")  # fmt: skip
+        figure.add_scatter(y=labels, x=[line[key] for _, _, key in passes.values()], mode="markers", marker=LIMIT,
+                           name=PRODUCTS, showlegend=row == 1, row=row, col=1,
+                           hovertemplate=f"{PRODUCTS}: %{{x:.3g}} s<extra></extra>")  # fmt: skip
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(title=f"{_clock(lines[0])} of one forward pass", row=len(lines), col=1)
     figure.update_xaxes(rangemode="tozero")
@@ -231,31 +232,32 @@ def bench_growth_lines(axes: Sequence[Mapping[str, Any]]) -> go.Figure:
     first, most = axes[0]["points"][0], max(axis["to"] / axis["from"] for axis in axes)
     for column, key in ((1, "seconds"), (2, "memory_mb")):
         start = first[axes[0]["axis"]] if alone else 1
+        values = [point[key] for axis in axes for point in axis["points"] if point[key] > 0]
         for power, name, dash in ((1, "grows as n", "dash"), (2, "grows as n²", "dot")):
-            reached = min(most, most ** (1 / power) * 2) if power == 2 else most
+            reached = min(most, (max(values, default=1) / (first[key] or 1)) ** (1 / power) * 1.2)  # no higher than what was measured
             figure.add_scatter(x=[start, start * reached], y=[first[key], first[key] * reached**power], name=name, mode="lines", hoverinfo="skip",
                                line=dict(color=GREY, dash=dash, width=1.5), showlegend=column == 1, row=1, col=column)  # fmt: skip
         for axis, colour, symbol in zip(axes, palette, symbols):
             name, unit = axis["axis"], 1 if alone else axis["from"]
-            said = (
-                f"{name} {axis['from']} … {axis['to']}: time n^{_power(axis['exponent_time'])}, memory n^{_power(axis['exponent_memory'])}"
-            )
+            said = f"{name} {axis['from']} … {axis['to']}: time {_power(axis['exponent_time'])}, memory {_power(axis['exponent_memory'])}"
             figure.add_scatter(x=[point[name] / unit for point in axis["points"]], y=[point[key] for point in axis["points"]], name=said,
                                mode="lines+markers", line_color=colour, marker=dict(symbol=symbol, size=9), legendgroup=name,
                                customdata=[point[name] for point in axis["points"]], showlegend=column == 1, row=1, col=column,
                                hovertemplate=f"{name} %{{customdata}}: %{{y:.3g}}<extra></extra>")  # fmt: skip
+        shown = [digit * 10.0**power for power in range(-6, 8) for digit in (1, 2, 5)]
+        figure.update_yaxes(tickvals=shown, ticktext=[f"{value:,.6g}" for value in shown], col=column)
     ticks = sorted({point[axis["axis"]] / (1 if alone else axis["from"]) for axis in axes for point in axis["points"]})
     words = [f"{tick:g}" if alone else f"{tick:g}×" for tick in ticks]
     figure.update_xaxes(type="log", title=f"{axes[0]['axis']}" if alone else "size, in times the base", tickvals=ticks, ticktext=words)
-    figure.update_yaxes(type="log", dtick="D2", exponentformat="none")
+    figure.update_yaxes(type="log")
     figure.update_yaxes(title=f"{_clock(axes[0]['base'])}", col=1)
     figure.update_yaxes(title="peak memory above idle, MB", col=2)
-    return _finish(figure, "Growth; exponents n^… are slopes fitted to all points", 520 + 22 * len(axes),
+    return _finish(figure, "Growth, on log-log axes; exponents are slopes fitted to all points of a line", 520 + 22 * len(axes),
                    legend=dict(orientation="h", y=-0.2, traceorder="normal"))  # fmt: skip
 
 
 def _power(exponent: float | None) -> str:
-    return "?" if exponent is None else f"{exponent:.2f}"
+    return "n<sup>?</sup>" if exponent is None else f"n<sup>{exponent:.2f}</sup>"
 
 
 def _clock(line: Mapping[str, Any]) -> str:

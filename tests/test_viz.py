@@ -63,5 +63,5 @@ def test_bench_growth_names_each_axis_with_its_exponents():
 
     figure = viz.bench_growth_lines([axis("batch"), axis("layers")])
     names = [trace.name for trace in figure.data if trace.showlegend]
-    assert "batch 8 … 16: time n^1.00, memory n^?" in names and len(names) == 4  # and two grey ones to read slopes by
+    assert "batch 8 … 16: time n<sup>1.00</sup>, memory n<sup>?</sup>" in names and len(names) == 4  # and two grey ones to read slopes by
     assert list(figure.data[2].x) == [1, 2] and list(viz.bench_growth_lines([axis("batch")]).data[2].x) == [8, 16]

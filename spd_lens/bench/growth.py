@@ -21,8 +21,8 @@ from spd_lens.bench.step import step_of, trainer_at
 from spd_lens.config import SPDConfig
 from spd_lens.importance import build_importance
 
-BASE = {"d_model": 64, "subcomponents": 64, "layers": 2, "batch": 8, "length": 64}  # every one of them is an axis
-LARGEST = {"d_model": 16, "subcomponents": 16, "layers": 8, "batch": 16, "length": 16}  # times the base
+BASE = {"d_model": 64, "subcomponents": 64, "layers": 2, "batch": 16, "length": 64}  # every one of them is an axis
+LARGEST = {"d_model": 8, "subcomponents": 16, "layers": 8, "batch": 16, "length": 8}  # times the base
 VOCABULARY = 512  # small: the embedding is not what grows
 TOY = dict(subcomponents=100, sites=6, d_in=16, gate_width=16)  # the induction toy's
 

@@ -18,7 +18,10 @@ from spd_lens.sites import find_sites
 from spd_lens.tasks import induction
 from spd_lens.training import Trainer, initialised
 
-MODELS = {"induction": dict(batch=128, subcomponents=100), "gpt2": dict(batch=4, subcomponents=256)}  # and what each is measured at
+MODELS = {
+    "induction": dict(batch=128, subcomponents=100, steps=5),
+    "gpt2": dict(batch=4, subcomponents=256, steps=3),
+}  # what each is measured at
 PARTS = ("importance", "reconstruction", "losses", "optimiser")
 
 
