@@ -24,7 +24,7 @@ from spd_lens.storage import check_writable, write_text
 LENGTHS = (1024, 4096, 10240)
 SHAPE = dict(length=64, layers=LAYERS, width=WIDTH, vocabulary=VOCABULARY)
 KEYS = (
-    "Keys of every line: gflop, floating-point operations of the matrix products in what was measured; matmul_gflop_per_s, what a plain "
+    "Keys of every line (in scale: of every point): gflop, floating-point operations of the matrix products in what was measured; matmul_gflop_per_s, what a plain "
     "matrix product reaches in the same run; roofline_s, the time of these operations at that rate; roofline_share, roofline_s over the "
     "measured time. Seconds are CPU seconds on a CPU (of all threads together) and wall seconds on CUDA."
 )
@@ -61,7 +61,7 @@ def add_bench(commands: Any) -> None:
     length.add_argument("--steps", type=int, default=3, help="timed rounds (%(default)s)")
 
     scale = _kind(
-        kinds, "scale", "how the training step's time and memory grow, one size at a time from a base (about five minutes)", _scale
+        kinds, "scale", "how the training step's time and memory grow, one size at a time from a base (about six minutes)", _scale
     )
     scale.add_argument("--axes", nargs="+", default=list(BASE), choices=tuple(BASE), metavar="AXIS",
                        help=f"what grows, of {', '.join(BASE)} (all)")  # fmt: skip
