@@ -229,7 +229,8 @@ def test_any_tensor_in_a_checkpoint(place, model, tmp_path, many):
                 tensors[name] = tensors[name].new_empty(data.draw(st.sampled_from([(0,), (0, 0), (0, 1 << 40)])))
             elif how == "value" and tensors[name].numel():
                 tensors[name] = tensors[name].clone()
-                tensors[name].view(-1)[data.draw(st.integers(0, tensors[name].numel() - 1))] = data.draw(st.integers(0, 255))
+                at = data.draw(st.integers(0, tensors[name].numel() - 1))
+                tensors[name].view(-1)[at] = torch.tensor(data.draw(st.integers(0, 255))).to(tensors[name].dtype)
             else:
                 value = tensors.pop(name)
                 tensors |= {} if how == "remove" else {data.draw(names): value}
