@@ -78,7 +78,11 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, capsys):
     expected = load_file(tmp_path / "whole" / "saved" / "decomposition.safetensors")
 
     draw, landed, histories = random.Random(0), Counter(), 0
-    while landed["kills"] < KILLS:
+
+    def enough():  # which moments chance hits depends on the machine: more kills until each kind was hit
+        return landed["kills"] >= KILLS and landed["in training"] >= KILLS / 3 and min(landed["while writing"], landed["while resuming"]) >= 3
+
+    while not enough() and landed["kills"] < 10 * KILLS:
         folder = tmp_path / str(histories)
         folder.mkdir()
         for attempt in itertools.count():
@@ -105,7 +109,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, capsys):
     nursery.wait(10)
     with capsys.disabled():
         print(f"\n{dict(landed)} in {histories} histories, {time.monotonic() - start:.0f} s; undisturbed {undisturbed:.1f} s")
-    assert landed["in training"] >= KILLS / 3 and landed["while writing"] >= 3 and landed["while resuming"] >= 3
+    assert enough()
     assert landed["before the first step"] >= 1
 
 
