@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from spd_lens.config import Schedule, SPDConfig
 from spd_lens.decomposition import Decomposition, Observation
+from spd_lens.diagnostics import Diagnosis, diagnose
 from spd_lens.errors import SPDError
 from spd_lens.metrics import Census, Verification, census, verify
 from spd_lens.sites import Site, find_sites
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
     from spd_lens import viz
 
 __version__ = "0.1.0"
-__all__ = ["Census", "Decomposition", "Observation", "SPDConfig", "SPDError", "Schedule", "Site", "StepResult", "Verification",
-           "census", "decompose", "find_sites", "verify", "viz"]  # fmt: skip
+__all__ = ["Census", "Decomposition", "Diagnosis", "Observation", "SPDConfig", "SPDError", "Schedule", "Site", "StepResult", "Verification",
+           "census", "decompose", "diagnose", "find_sites", "verify", "viz"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -6,21 +6,23 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from spd_lens.cli_bench import add_bench
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.metrics import CHEAT
-from spd_lens.ranks import meet
-from spd_lens.report import REPORT_BYTES, induction_page
+from spd_lens.ranks import Ranks, meet
+from spd_lens.report import REPORT_BYTES, induction_page, study_page
 from spd_lens.storage import check_writable, write_text
-from spd_lens.tasks import induction
+from spd_lens.tasks import induction, study
 from spd_lens.training import decompose
 
 WIDTH = 110
@@ -57,7 +59,16 @@ def _parser() -> argparse.ArgumentParser:
     toy.add_argument("--subcomponents", type=int, help=f"per matrix ({induction.WIDTH}; the paper's: 100)")
     toy.add_argument("--importance", choices=("attention", "vector", "scalar"), help="how causal importance is predicted (attention)")
     toy.add_argument("--paper", action="store_true", help="the settings of arXiv 2511.08854 to the letter (days on a CPU; mind --steps)")
-    toy.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run in --out")
+    several = toy.add_mutually_exclusive_group()
+    several.add_argument(
+        "--seeds", type=int, metavar="N", help="this many seeds from --seed on, a target and a decomposition each; one table"
+    )
+    several.add_argument("--without", nargs="*", metavar="PART",
+                         help=f"the recipe whole, and without each of these parts (all of them): {', '.join(study.PARTS)}")  # fmt: skip
+    several.add_argument("--vary", nargs="+", metavar=("SETTING", "VALUE"),
+                         help="one number of SPDConfig at several values, or a loss at several times its weight")  # fmt: skip
+    toy.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run in --out; of several runs, with "
+                     "those that are not finished")  # fmt: skip
     toy.add_argument("--quiet", action="store_true", help="no progress bar")
     toy.set_defaults(call=_induction)
 
@@ -66,53 +77,94 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _induction(options: argparse.Namespace, console: Console) -> None:
-    started, out = time.perf_counter(), options.out
     changes = {name: getattr(options, name) for name in ("steps", "subcomponents", "importance") if getattr(options, name) is not None}
     config = SPDConfig.paper(**changes, seed=options.seed) if options.paper else induction.config(**changes, seed=options.seed)
+    if options.seeds is not None:
+        runs = study.over_seeds(options.seeds, config)
+    elif options.without is not None:
+        runs = study.without(options.without, config)
+    elif options.vary is not None:
+        runs = study.varied(options.vary[0], options.vary[1:], config)
+    else:
+        runs = {}
     ranks = meet(torch.device("cpu"))
     console.quiet = ranks.rank != 0
-    ranks.only_first(lambda: check_writable(out, REPORT_BYTES))
-    target, checkpoint = out / "target.safetensors", out / "checkpoint.safetensors"
-    if checkpoint.exists() and not options.resume:
-        raise SPDError(f"{checkpoint} is left from an interrupted run; go on from it with --resume, delete it, or give another --out.")
-
-    def make_target() -> None:
-        if options.resume and target.exists():
-            return
-        console.print(f"training the target (seed {options.seed}) …")
-        induction.save_target(induction.train_target(options.seed), target, options.seed)
-
-    ranks.only_first(make_target)
-    model = induction.load_target(target)
-    start = time.perf_counter()
-    console.print(
-        f"target ready after {start - started:.0f} s; decomposing its six Q, K, V matrices, {config.steps} steps of {config.batch_size} …"
-    )
-    data = induction.batches(config.batch_size, options.seed + 100)
-    try:
-        decomposition = decompose(model, data, config, progress=not options.quiet, checkpoint=checkpoint, resume=options.resume)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; the checkpoint is in {checkpoint}. Go on with: spd-lens induction --out {out} --resume")
-        raise
-    if ranks.rank != 0:  # the first measures and writes
+    ranks.only_first(lambda: check_writable(options.out, REPORT_BYTES * (1 + len(runs))))
+    run = _Run(console, ranks, options.resume, not options.quiet)
+    if not runs:
+        if (outcome := run(options.out, options.out / "target.safetensors", config)) is not None:
+            _tell(console, outcome, options.out)
         return
-    outcome = induction.measure(decomposition, options.seed, started, time.perf_counter() - start)
-    decomposition.save(out / "decomposition")
-    write_text(out / "results.json", json.dumps(outcome.results(), indent=1))
-    write_text(out / "report.html", induction_page(outcome))
-    checkpoint.unlink(missing_ok=True)
+    found: dict[str, dict[str, float | int]] = {}
+    for name, its_config in runs.items():
+        folder = options.out / name.replace(" × ", "-x").replace(" ", "-")
+        console.print(f"[bold]{name}[/]")
+        figures = study.finished(folder / "results.json", its_config) if options.resume else None
+        if figures is None and (outcome := run(folder, options.out / f"target-{its_config.seed}.safetensors", its_config)) is not None:
+            figures = outcome.figures()
+            console.print(f"{outcome.distinct['total']} distinct subcomponents; {outcome.verification.beside_a_count}")
+        found[name] = figures or {}
+    if ranks.rank == 0:
+        table = study.table(found)
+        write_text(options.out / "study.json", json.dumps(found, indent=1))
+        write_text(options.out / "study.html", study_page(table, found))
+        _print(console, table, f"{len(found)} runs; KL in nats")
+        console.print(f"See {options.out / 'study.html'}")
 
+
+@dataclass
+class _Run:
+    """Train a target where there is none yet, decompose it, measure, and write it all down."""
+
+    console: Console
+    ranks: Ranks
+    resume: bool
+    progress: bool
+    seconds_target: dict[Path, float] = field(default_factory=dict)  # of those made by this command
+
+    def __call__(self, out: Path, target: Path, config: SPDConfig) -> induction.Outcome | None:
+        """None on all ranks but the first, which alone measures and writes."""
+        checkpoint = out / "checkpoint.safetensors"
+        if checkpoint.exists() and not self.resume:
+            raise SPDError(f"{checkpoint} is left from an interrupted run; go on from it with --resume, delete it, or give another --out.")
+        self.ranks.only_first(lambda: self._make(target, config.seed))
+        model, start = induction.load_target(target), time.perf_counter()
+        self.console.print(f"decomposing its six Q, K, V matrices, {config.steps} steps of {config.batch_size} …")
+        data = induction.batches(config.batch_size, config.seed + 100)
+        try:
+            decomposition = decompose(model, data, config, progress=self.progress, checkpoint=checkpoint, resume=self.resume)
+        except KeyboardInterrupt:
+            self.console.print(f"interrupted; the checkpoint is in {checkpoint}. Go on with the same command and --resume")
+            raise
+        if self.ranks.rank != 0:
+            return None
+        seconds = {"target": self.seconds_target.get(target, 0.0), "decomposition": time.perf_counter() - start}
+        outcome = induction.measure(decomposition, config.seed, seconds)
+        decomposition.save(out / "decomposition")
+        write_text(out / "results.json", json.dumps(outcome.results(), indent=1))
+        write_text(out / "report.html", induction_page(outcome))
+        checkpoint.unlink(missing_ok=True)
+        return outcome
+
+    def _make(self, target: Path, seed: int) -> None:
+        if target in self.seconds_target or (self.resume and target.exists()):
+            return
+        start = time.perf_counter()
+        self.console.print(f"training the target (seed {seed}) …")
+        induction.save_target(induction.train_target(seed), target, seed)
+        self.seconds_target[target] = time.perf_counter() - start
+        self.console.print(f"target ready after {self.seconds_target[target]:.0f} s")
+
+
+def _tell(console: Console, outcome: induction.Outcome, out: Path) -> None:
     _print(console, outcome.beside_paper(), "Active subcomponents (g > 0.5); in brackets the paper's, arXiv 2511.08854, Table 1")
     _print(console, outcome.verification_table(), "Can the count be trusted? KL in nats, without the delta")
-    for edge, value in outcome.attention.items():
-        console.print(f"attention {edge}: {value['original']:.3f} in the original, {value['hard']:.3f} with hard masks")
-    cut = ", ".join(f"{site} {value:.3f}" for site, value in outcome.ablated.items())
-    console.print(f"accuracy {outcome.target_accuracy:.4f}; with the active subcomponents of one site cut out of the original: {cut}")
+    _print(console, outcome.diagnosis_table(), "Do they do what the circuit needs?")
+    _print(console, outcome.interventions_table().drop(columns="note"), "Proof: cut out of the original model; accuracy without …")
     if outcome.verification.leans_on_inactive:
         console.print(f"[bold red]warning:[/] {CHEAT}")
-    console.print(
-        f"{outcome.seconds:.0f} s in all, {outcome.seconds_decomposition:.0f} s of it the decomposition. See {out / 'report.html'}"
-    )
+    parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in outcome.seconds.items())
+    console.print(f"{sum(outcome.seconds.values()):.0f} s in all ({parts}). See {out / 'report.html'}")
 
 
 def _print(console: Console, frame: pd.DataFrame, title: str) -> None:
@@ -122,6 +174,8 @@ def _print(console: Console, frame: pd.DataFrame, title: str) -> None:
         table.add_column(str(column), justify="right", no_wrap=True)
     for row, values in frame.iterrows():
         table.add_row(str(row), *map(str, values))
+    needed = Measurement.get(console, console.options.update(width=1000), table).maximum  # better broken by the terminal than cut
+    console.width = max(console.width, needed)
     console.print(table)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from spd_lens.errors import SPDError
 from spd_lens.sites import Passage, Site
 
+DAMPING = 1e-3  # of a factor's mean eigenvalue: directions that the sample did not show are not free
+SPANS = 1e-6  # of the matrix's norm may be left
 NOISE = 0.01  # of subcomponents beyond the rank: small, so that they start idle, not zero, so that they can learn
 
 
@@ -35,6 +37,14 @@ class Components(nn.Module):
     def delta(self, weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_in d_out"]:
         """What the subcomponents leave of the matrix: `W - V·U`."""
         return weight - self.V @ self.U
+
+    @torch.no_grad()
+    def close(self, weight: Float[Tensor, "d_in d_out"]) -> None:
+        """Make `V·U = W` exact by the least change of U, `U += V⁺·(W - V·U)`, where V spans everything that W reads."""
+        V, delta = self.V.double(), self.delta(weight).double()
+        change = torch.linalg.pinv(V) @ delta
+        if (delta - V @ change).norm() <= SPANS * weight.norm():
+            self.U += change.to(self.U)
 
     def __repr__(self) -> str:
         return f"Components(V {list(self.V.shape)}, U {list(self.U.shape)})"
@@ -61,9 +71,12 @@ def masked_output(
     return passage.biased(output)
 
 
-def initialise(site: Site, C: int, kind: str, generator: torch.Generator) -> Components:
-    """`svd`: the singular vectors, each scaled by the root of its singular value, unrotated; the rest small noise.
-    `random`: Gaussian, scaled so that `V·U` has about the matrix's norm."""
+Factors = tuple[Float[Tensor, "d_in d_in"], Float[Tensor, "d_out d_out"]]
+
+
+def initialise(site: Site, C: int, kind: str, generator: torch.Generator, factors: Factors | None = None) -> Components:
+    """`random`: Gaussian, scaled so that `V·U` has about the matrix's norm. `svd`: the singular vectors. `fisher`: the same in the
+    metric of `factors` (`weighted_svd`). Of the last two, what lies beyond the rank is small noise."""
     weight = site.weight
 
     def noise(*shape: int) -> Tensor:
@@ -72,20 +85,36 @@ def initialise(site: Site, C: int, kind: str, generator: torch.Generator) -> Com
     if kind == "random":
         scale = (weight.norm() / (C * site.d_in * site.d_out) ** 0.5) ** 0.5
         return Components(scale * noise(site.d_in, C), scale * noise(C, site.d_out))
-    left, singular, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    kept = min(C, len(singular))
-    if lost := float((singular[C:] ** 2).sum() / (singular**2).sum().clamp_min(1e-300)):
-        rank = int((singular > 1e-5 * singular[0]).sum())
-        if rank > C:
-            warnings.warn(
-                f"{site.name}: {C} subcomponents for a matrix of rank {rank} leave at best {lost:.1%} of its squared norm to the "
-                f"delta. Give subcomponents={rank} or more for an exact decomposition.", stacklevel=3,
-            )  # fmt: skip
-    root = singular[:kept].sqrt()
-    spread = float(weight.norm()) ** 0.5 * NOISE
-    V = torch.cat([(left[:, :kept] * root).to(weight), spread * noise(site.d_in, C - kept) / site.d_in**0.5], 1)
-    U = torch.cat([(right[:kept] * root[:, None]).to(weight), spread * noise(C - kept, site.d_out) / site.d_out**0.5], 0)
+    rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
+    if rank > C:
+        warnings.warn(f"{site.name}: {C} subcomponents for a matrix of rank {rank} leave a part of it to the delta. "
+                      f"Give subcomponents={rank} or more for an exact decomposition.", stacklevel=3)  # fmt: skip
+    V, U = weighted_svd(weight, factors)
+    spread, beyond = float(weight.norm()) ** 0.5 * NOISE, max(0, C - len(U))
+    V = torch.cat([V[:, :C].to(weight), spread * noise(site.d_in, beyond) / site.d_in**0.5], 1)
+    U = torch.cat([U[:C].to(weight), spread * noise(beyond, site.d_out) / site.d_out**0.5], 0)
     return Components(V, U)
+
+
+def weighted_svd(weight: Float[Tensor, "d_in d_out"], factors: Factors | None) -> tuple[Float[Tensor, "d_in r"], Float[Tensor, "r d_out"]]:
+    """V and U in double, `r = min(d_in, d_out)`, with `V·U = W` exactly. The first k lose the least of `tr(A·Δ·G·Δᵀ)`, where Δ is what the
+    others would have added, A and G the factors (the identity where none are given). `v_c` and `u_c` have the same norm."""
+    W = weight.double()
+    if factors is None:
+        (root_a, inverse_a), (root_g, inverse_g) = ((torch.eye(d, dtype=W.dtype, device=W.device),) * 2 for d in W.shape)
+    else:
+        (root_a, inverse_a), (root_g, inverse_g) = map(_roots, factors)
+    left, singular, right = torch.linalg.svd(root_a @ W @ root_g, full_matrices=False)
+    V, U = inverse_a @ (left * singular), right @ inverse_g
+    balance = (U.norm(dim=1) / V.norm(dim=0).clamp_min(1e-300)).sqrt()
+    return V * balance, U / balance[:, None].clamp_min(1e-300)
+
+
+def _roots(M: Tensor) -> tuple[Tensor, Tensor]:
+    """The root of a positive matrix, damped, and its inverse."""
+    values, vectors = torch.linalg.eigh(M / M.diagonal().mean().clamp_min(1e-300))
+    values = values.clamp_min(0) + DAMPING
+    return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
 
 
 def check_weight(site: Site) -> None:

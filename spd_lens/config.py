@@ -10,7 +10,7 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.schema import Count, Natural, brief, check
 
 Importance = Literal["attention", "vector", "scalar"]
-Initialisation = Literal["svd", "random"]
+Initialisation = Literal["fisher", "svd", "random"]
 Positions = Literal["all", "last"]
 MaskKind = Literal["mixed", "uniform"]
 Precision = Literal["float32", "bfloat16"]
@@ -51,6 +51,9 @@ class Schedule:
             return cls(**value)
         return cls(((0.0, value),)) if isinstance(value, (int, float)) else cls(value)
 
+    def times(self, factor: float | int) -> "Schedule":
+        return dataclasses.replace(self, points=[(at, factor * value) for at, value in self.points])
+
     def at(self, fraction: float | int) -> float:
         before, after = self.points[0], self.points[-1]
         if fraction < before[0] or len(self.points) == 1:
@@ -71,8 +74,9 @@ DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
     "stochastic": 1.0,
     "layerwise": 1.0,
     "adversarial": ((0.26, 0.0), (0.26, 1.0)),
-    "minimality": ((0.0, 0.2), (0.26, 0.2), (0.26, 0.03)),
-    "frequency": ((0.0, 0.02), (0.75, 0.02), (0.75, 0.01)),
+    "alive": ((0.3, 0.0), (0.3, 1.0)),
+    "price": ((0.0, 1e-3), (0.26, 1e-3), (0.26, 5e-4), (0.5, 5e-4), (0.5, 1e-4)),
+    "frequency": ((0.0, 5e-3), (0.5, 5e-3), (0.5, 0.0)),
 }
 
 
@@ -88,15 +92,22 @@ class SPDConfig:
         gate_width: hidden units of each subcomponent's importance MLP, and width of the importance attention.
         gate_bias: where importances start (1: all on).
         distance_decay: the relative positional bias starts at minus this, per position of distance.
-        init: `svd` starts from the matrix's singular vectors, `random` from noise.
+        init: `fisher` starts from the singular vectors in the metric of the output's KL on the first batches (`spd_lens.curvature`):
+            few subcomponents carry what the output needs, from the start. `svd`: the matrix's own; `random`: noise.
         steps: training steps; 0 returns the initialised decomposition.
         batch_size: sequences a step (where tokens are one tensor; an iterable brings its own batches).
-        learning_rate: Adam's, for U and V and the importance functions.
+        learning_rate: Adam's.
+        scaled_rate: for U and V it is in units of the root mean square of their entries, site by site, so that a model's scale does not
+            matter.
+        retire_at: fractions of training at which subcomponents that are not needed are retired (`spd_lens.retirement`); () for never.
+        retire_tolerance: KL in nats per output that what is retired at once may cost.
+        exact: at the end `V·U = W` is made exact by the least change of U, where there are enough subcomponents and it costs no more than
+            `retire_tolerance`.
         output_positions: compare outputs at `all` positions or at the `last`.
         seed: of everything random.
         device: where the model is expected; None takes the model's.
         weights: of each loss, by name (see `spd_lens.losses.LOSSES`); a loss without weight is not computed.
-        minimality_power: p of the minimality term |g|^p.
+        minimality_power: p of |g|^p in every term that counts subcomponents.
         frequency_scale: active positions per sequence below which the frequency term is linear.
         masks: `mixed` draws r = 0 for 30 % of the sequences, a coin for 20 %, uniform for the rest; `uniform` (the paper's)
             can be cheated by a model that leans on half-strength subcomponents.
@@ -112,10 +123,14 @@ class SPDConfig:
     gate_width: Count = 16
     gate_bias: float | int = 1.0
     distance_decay: float | int = 0.3
-    init: Initialisation | str = "svd"
+    init: Initialisation | str = "fisher"
     steps: Natural = 2400
     batch_size: Count = 32
     learning_rate: ScheduleLike = ((0.0, 5e-3), (0.75, 1e-3), (1.0, 0.0))
+    scaled_rate: bool = True
+    retire_at: Sequence[float | int] = (0.3, 0.45)
+    retire_tolerance: float | int = 3e-4
+    exact: bool = True
     output_positions: Positions | str = "all"
     seed: Natural = 0
     device: str | None = None
@@ -138,10 +153,11 @@ class SPDConfig:
     def __post_init__(self) -> None:
         keep = object.__setattr__
         keep(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
-        for name in ("gate_bias", "distance_decay", "frequency_scale"):
+        for name in ("gate_bias", "distance_decay", "frequency_scale", "retire_tolerance"):
             keep(self, name, float(getattr(self, name)))
         for name in ("learning_rate", "minimality_power"):
             keep(self, name, Schedule.of(getattr(self, name)))
+        keep(self, "retire_at", tuple(map(float, self.retire_at)))
         keep(self, "weights", {name: Schedule.of(weight) for name, weight in self.weights.items()})
         for name, kind in {
             "importance": Importance,
@@ -153,6 +169,10 @@ class SPDConfig:
             given = getattr(self, name)
             if given not in get_args(kind):
                 raise SPDError(f"{name} was given as {brief(given)}; {nearest(given, get_args(kind))}.")
+        if not all(0 <= at < 1 for at in self.retire_at):
+            raise SPDError(f"retire_at was given as {brief(self.retire_at)}; its fractions of training have to lie in 0 … 1, 1 left out.")
+        if self.retire_tolerance < 0:
+            raise SPDError(f"retire_tolerance was given as {self.retire_tolerance!r}; it has to be at least 0.")
         if self.frequency_scale <= 0:
             raise SPDError(f"frequency_scale was given as {self.frequency_scale!r}; it has to be above 0.")
 
@@ -162,8 +182,8 @@ class SPDConfig:
         paper: dict[str, Any] = dict(
             sites=("blocks.*.attn.W_[QKV]",), subcomponents=100, importance="attention", gate_width=16, gate_bias=0.0,
             distance_decay=0.0, init="random", steps=100_000, batch_size=1024, output_positions="last", masks="uniform",
-            learning_rate=Schedule(((0.0, 1e-3), (1.0, 0.0)), "cosine"), minimality_power=((0.0, 0.9), (1.0, 0.1)),
-            layerwise_sites=None,
+            learning_rate=Schedule(((0.0, 1e-3), (1.0, 0.0)), "cosine"), scaled_rate=False,
+            minimality_power=((0.0, 0.9), (1.0, 0.1)), layerwise_sites=None, retire_at=(), exact=False,
             weights={"faithfulness": 1e3, "plain": 0.5, "stochastic": 1.0, "layerwise": 1.0, "minimality": 0.02},
         )  # fmt: skip
         return cls(**{**paper, **changes})

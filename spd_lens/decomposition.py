@@ -297,7 +297,8 @@ class Decomposition:
     @contextmanager
     def _attached(self, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Iterator[None]:
         """The model with the rewrites on; on the way out everything is as it was, also after an exception."""
-        here, there = next(iter(self.components.values())).V.device, model_device(self.model)
+        own = [c.V for c in self.components.values()] or [site.weight for site in self.sites.values()]  # before there are any components
+        here, there = own[0].device, model_device(self.model)
         if here != there:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LEAK = 0.01
+RETIRED = -1.0  # the logit of what is never active again
 CHUNK = 1 << 19  # hidden activations worked on at once: 2 MiB of float32, about what a core holds in its cache
 CUDA_CHUNK = 1 << 26  # a GPU wants them by the 256 MiB
 SCORES, CUDA_SCORES = 1 << 20, 1 << 28  # attention scores of one gate that are held at once
@@ -111,7 +112,7 @@ class _ChunkedMLPs(torch.autograd.Function):
 def _chunks(inputs: Sequence[Tensor], C: int, H: int, dtype: torch.dtype, buffers: int) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
     """Slices of rows, the inputs side by side `[rows, d]`, and buffers `[C, H, rows]`, the same memory each time: it stays in cache."""
     many = len(inputs[0])
-    size = min(many, max(16, (CHUNK if inputs[0].device.type == "cpu" else CUDA_CHUNK) // (C * H)))
+    size = min(many, max(16, (CHUNK if inputs[0].device.type == "cpu" else CUDA_CHUNK) // max(1, C * H)))
     memory = [inputs[0].new_empty(C * H * size, dtype=dtype) for _ in range(buffers)]
     for start in range(0, many, size):
         rows = slice(start, min(start + size, many))
@@ -129,10 +130,35 @@ def fast_independent_mlps(
 
 
 class Importance(nn.Module):
-    """Logits of causal importance from a site's input. Abstract: see the three below."""
+    """Logits of causal importance from a site's input. Abstract: see the three below.
+
+    Attributes:
+        alive: `[C]`, 1 or 0: retired subcomponents have an importance of 0 for good, and cost nothing.
+    """
+
+    alive: Tensor
+    _known: tuple[int, Tensor | None] | None = None
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.register_buffer("alive", torch.ones(C))
+
+    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
+        """Of `some` subcomponents; None: of all."""
+        raise TypeError(f"{type(self).__name__} has to define logits")
 
     def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
-        raise TypeError(f"{type(self).__name__} has to define forward")
+        if (some := self._some()) is None:
+            return self.logits(x, inner, None)
+        z = self.logits(x, inner, some)
+        return z.new_full((*z.shape[:-1], len(self.alive)), RETIRED).index_copy(-1, some, z)
+
+    def _some(self) -> Tensor | None:
+        """Indices of those alive, None for all; looked up anew when `alive` was written to."""
+        if self._known is None or self._known[0] != self.alive._version:
+            some = torch.nonzero(self.alive).flatten()
+            self._known = (self.alive._version, None if len(some) == len(self.alive) else some)
+        return self._known[1]
 
 
 def _gaussian(*shape: int, scale: float, generator: torch.Generator) -> nn.Parameter:
@@ -149,8 +175,11 @@ class _MLPs(nn.Module):
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
         self.b2 = nn.Parameter(torch.full((C,), bias))
 
-    def forward(self, *inputs: Float[Tensor, "b s _"]) -> Float[Tensor, "b s C"]:
-        z = fast_independent_mlps([x.flatten(0, 1) for x in inputs], self.w1, self.b1, self.w2, self.b2)
+    def forward(self, some: Tensor | None, *inputs: Float[Tensor, "b s _"]) -> Float[Tensor, "b s k"]:
+        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        if some is not None:
+            w1, b1, w2, b2 = w1.index_select(1, some), b1.index_select(0, some), w2.index_select(0, some), b2.index_select(0, some)
+        z = fast_independent_mlps([x.flatten(0, 1) for x in inputs], w1, b1, w2, b2)
         return z.unflatten(0, inputs[0].shape[:2])
 
 
@@ -160,7 +189,7 @@ class ScalarImportance(Importance):
     scale: Tensor
 
     def __init__(self, scale: Float[Tensor, " C"], width: int, bias: float, generator: torch.Generator):
-        super().__init__()
+        super().__init__(len(scale))
         C = len(scale)
         self.register_buffer("scale", scale)
         self.w1 = _gaussian(C, width, scale=1.0, generator=generator)
@@ -168,9 +197,10 @@ class ScalarImportance(Importance):
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
         self.b2 = nn.Parameter(torch.full((C,), bias))
 
-    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
-        hidden = F.gelu((inner / self.scale)[..., None] * self.w1 + self.b1)
-        return (hidden * self.w2).sum(-1) + self.b2
+    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
+        these = slice(None) if some is None else some
+        hidden = F.gelu((inner / self.scale)[..., these, None] * self.w1[these] + self.b1[these])
+        return (hidden * self.w2[these]).sum(-1) + self.b2[these]
 
 
 class VectorImportance(Importance):
@@ -179,12 +209,12 @@ class VectorImportance(Importance):
     scale: Tensor
 
     def __init__(self, d_in: int, C: int, scale: Float[Tensor, ""], width: int, bias: float, generator: torch.Generator):
-        super().__init__()
+        super().__init__(C)
         self.register_buffer("scale", scale)
         self.mlps = _MLPs(d_in, C, width, bias, generator)
 
-    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
-        return self.mlps(x / self.scale)
+    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
+        return self.mlps(some, x / self.scale)
 
 
 class AttentionImportance(Importance):
@@ -204,7 +234,7 @@ class AttentionImportance(Importance):
         self, d_in: int, C: int, scale: Float[Tensor, ""], width: int, bias: float, generator: torch.Generator,
         context: int, causal: bool = True, decay: float = 0.3,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(C)
         self.context, self.causal = context, causal
         self.register_buffer("scale", scale)
         self.W_Q, self.W_K, self.W_V = (_gaussian(d_in, width, scale=d_in**-0.5, generator=generator) for _ in range(3))
@@ -232,12 +262,12 @@ class AttentionImportance(Importance):
         bias = _windows(ahead, 0, length, length).flip(0)
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=bias)[:, 0]
 
-    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
+    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
         x = x / self.scale
         encoding = self.absolute[torch.arange(x.shape[1], device=x.device).clamp(max=self.context - 1)]
         q, k = x @ self.W_Q, x @ self.W_K
         v = x @ self.W_V + encoding
-        return self.mlps(self.attend(q, k, v.to(q.dtype)), x)
+        return self.mlps(some, self.attend(q, k, v.to(q.dtype)), x)
 
 
 def _windows(ahead: Tensor, start: int, end: int, keys: int) -> Tensor:

@@ -42,6 +42,16 @@ class Pass:
     config: SPDConfig
     ranks: Ranks = ALONE
 
+    @property
+    def length(self) -> int:
+        """Positions of a sequence."""
+        return next(iter(self.logits.values())).shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Compared outputs of a sequence."""
+        return 1 if self.config.output_positions == "last" else self.length
+
     @cached_property
     def importances(self) -> dict[str, Tensor]:
         """Site → upper-leaky importances `[b, s, C]`."""
@@ -62,7 +72,7 @@ class _MeanPower(torch.autograd.Function):
         ctx.power = power
         total = z.new_zeros(z.shape[-1])
         for part in z.flatten(0, -2).split(SLICE):
-            total += _leaky(part).pow_(power).sum(0)
+            total += _leaky(part).pow_(power).sub_(EPSILON**power).sum(0)
         return total / (z.numel() // z.shape[-1])
 
     @staticmethod
@@ -82,7 +92,7 @@ def _leaky(z: Tensor) -> Tensor:
 
 
 def mean_power(z: Float[Tensor, "b s C"], power: float | int) -> Float[Tensor, " C"]:
-    """Mean of `g^power` over positions, g the upper-leaky importance: `(upper_leaky(z) + ε).pow(power).mean((0, 1))`."""
+    """Mean of `g^power` over positions, g the upper-leaky importance: `((upper_leaky(z) + ε).pow(power) - ε**power).mean((0, 1))`."""
     return _MeanPower.apply(z, power)
 
 
@@ -107,11 +117,17 @@ def minimality(step: Pass) -> Float[Tensor, ""]:
     return torch.stack([usage.sum() for usage in step.usage.values()]).sum()
 
 
+def price(step: Pass) -> Float[Tensor, ""]:
+    """The same per compared output instead of per position: its weight is what one active subcomponent may cost, in nats of an output's
+    KL, so that one weight serves a task with one output a sequence and a language model with one a token."""
+    return minimality(step) * (step.length / step.outputs)
+
+
 def frequency(step: Pass) -> Float[Tensor, ""]:
-    """`Σ_c log(1 + F_c/scale)`, F_c the expected active positions of c per sequence: concave, so that different inputs come to
-    share a subcomponent instead of using one each."""
-    expected = [usage * step.logits[name].shape[1] for name, usage in step.usage.items()]
-    return torch.stack([torch.log1p(f / step.config.frequency_scale).sum() for f in expected]).sum()
+    """`Σ_c log(1 + F_c/scale)` per compared output, F_c the expected active positions of c per sequence: concave, so that different inputs
+    come to share a subcomponent instead of using one each."""
+    expected = [usage * step.length for usage in step.usage.values()]
+    return torch.stack([torch.log1p(f / step.config.frequency_scale).sum() for f in expected]).sum() / step.outputs
 
 
 Penalty = Callable[[Pass], Tensor]
@@ -119,8 +135,10 @@ Penalty = Callable[[Pass], Tensor]
 LOSSES: dict[str, Penalty | Reconstruction] = {
     "faithfulness": faithfulness,
     "minimality": minimality,
+    "price": price,
     "frequency": frequency,
     "plain": Reconstruction(masks.ones, masks.every_site),
+    "alive": Reconstruction(masks.alive, masks.every_site),
     "stochastic": Reconstruction(masks.stochastic, masks.every_site),
     "layerwise": Reconstruction(masks.stochastic, masks.one_at_a_time),
     "partial": Reconstruction(masks.stochastic, masks.random_subset),

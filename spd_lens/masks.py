@@ -28,12 +28,14 @@ class Draw:
         sources: the adversary's r, `[C]` a site: one value per subcomponent for all sequences and positions.
         kind: what `stochastic` draws: `mixed` or `uniform`.
         layerwise_sites: how many sites `one_at_a_time` draws; None: all.
+        alive: site → `[C]`, 0 for retired subcomponents, else 1; a site that is not named has all of its own.
     """
 
     generator: torch.Generator
     sources: dict[str, Tensor] = field(default_factory=dict)
     kind: str = "mixed"
     layerwise_sites: int | None = None
+    alive: Mapping[str, Tensor] = field(default_factory=dict)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
         return torch.rand(*shape, generator=self.generator, dtype=like.dtype, device=like.device)
@@ -50,18 +52,26 @@ def uniform(importances: Importances, draw: Draw) -> Masks:
 
 
 def mixed(importances: Importances, draw: Draw) -> Masks:
-    """Uniform in half of the sequences, 0 in 30 %, a fair coin in 20 %: with uniform draws alone an unimportant subcomponent
-    is at half strength on average, and a decomposition can come to rely on that average."""
+    """Uniform in half of the sequences, a fair coin in 20 %: with uniform draws alone an unimportant subcomponent is at half strength on
+    average, and a decomposition can come to rely on that average. In the other 30 % r = 0 and g itself is drawn: 1 with probability g,
+    else 0, with the gradient of g, so that half an importance is not enough where the subcomponent is needed."""
     g = next(iter(importances.values()))
     kind = draw.uniform(g.shape[0], like=g)
     zero, coin = (torch.nonzero(chosen).flatten() for chosen in (kind < ZERO_SHARE, kind > 1 - COIN_SHARE))
     masks = {}
     for name, g in importances.items():
         r = draw.uniform(*g.shape, like=g)
+        off = g.detach()[zero]
+        drawn = (r[zero] < off).to(off.dtype) - off
         r[zero] = 0.0
         r[coin] = r[coin].round()
-        masks[name] = between(g, r)
+        masks[name] = between(g, r).index_add(0, zero, drawn)
     return masks
+
+
+def coins(importances: Importances, draw: Draw) -> Masks:
+    """r is 0 or 1, one value per subcomponent for all sequences and positions."""
+    return {name: between(g, draw.uniform(g.shape[-1], like=g).round()) for name, g in importances.items()}
 
 
 def stochastic(importances: Importances, draw: Draw) -> Masks:
@@ -80,6 +90,11 @@ def soft(importances: Importances, draw: Draw | None = None) -> Masks:
 
 def ones(importances: Importances, draw: Draw | None = None) -> Masks:
     return {name: torch.ones_like(g) for name, g in importances.items()}
+
+
+def alive(importances: Importances, draw: Draw) -> Masks:
+    """1, but 0 for the retired."""
+    return {name: torch.ones_like(g) * draw.alive.get(name, 1.0) for name, g in importances.items()}
 
 
 def zeros(importances: Importances, draw: Draw | None = None) -> Masks:

@@ -153,7 +153,7 @@ LABELS = {
     "kl_adversarial": "KL, adversarial: worst value per inactive one",
 }
 CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard ones are not, so the outputs lean on subcomponents that "
-         "count as inactive. Train longer with masks='mixed', or with a smaller minimality weight.")  # fmt: skip
+         "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
 def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int = 256) -> Verification:

@@ -1,6 +1,6 @@
 """Results → one page that opens offline: nothing is requested, everything is inside."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -21,7 +21,7 @@ body { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans',
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d8dee4; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #57606a; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #57606a; white-space: nowrap; }
 .scroll { overflow-x: auto; } .note { color: #57606a; } .warn { border-left: 4px solid #D55E00; padding: .4rem .8rem; background: #fff4ec; }
 """
 
@@ -77,8 +77,26 @@ def induction_page(outcome: Outcome) -> str:
             outcome.verification_table(),
         ),
         (
-            "Cutting it out",
-            "Accuracy of the original model after its active subcomponents of one site, and only those, are taken out of the weights.",
+            "Do they do what the circuit needs?",
+            "Each step of the circuit read off the active subcomponents alone, beside the original model: Q0 and K0 single out s1 for the "
+            "query at m, Q1 and K1 single out m for the query at s2, V1 turns a token into its own logit.",
+            outcome.diagnosis_table(),
+        ),
+        (
+            "Where Q0 and K0 look",
+            "Score of the query at one position (mean over the tokens seen there) for s at another, as the active subcomponents make it, each "
+            "row less its mean over the keys that it can see. An induction circuit needs the largest entry of a row just left of the diagonal.",
+            viz.positional_form(outcome.diagnosis.alignment.form.sum((0, 1))),
+        ),
+        (
+            "Proof: cut them out",
+            "Accuracy of the original model after the active subcomponents of one mechanism, and only those, are taken out of its weights; and "
+            "after as many others are. Other active ones belong to the same circuit, so that cutting them may do as much harm.",
+            outcome.interventions_table(),
+        ),
+        (
+            "Site by site",
+            "The same for the active subcomponents of one site.",
             pd.DataFrame({"accuracy when cut": outcome.ablated}).rename_axis("site").round(4),
         ),
         (
@@ -107,9 +125,29 @@ def induction_page(outcome: Outcome) -> str:
     lead = (
         f"Seed {outcome.seed}: {outcome.distinct['total']} distinct subcomponents ({outcome.distinct['total_without_s_first']} without the "
         f"sequences that begin with s); {verification.beside_a_count}; accuracy with hard masks {outcome.accuracy_hard:.4f}; "
-        f"{outcome.seconds:.0f} s in all."
+        f"{sum(outcome.seconds.values()):.0f} s in all."
     )
     return page("The induction circuit in rank-one subcomponents", lead, sections)
+
+
+def study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int]]) -> str:
+    """The report of `spd-lens induction --seeds`, `--without` and `--vary`."""
+    lead = (
+        f"{len(found)} runs: {', '.join(found)}. Every run has a report of its own in the folder beside this page. Counts are of subcomponents "
+        "with g > 0.5 anywhere; KL(original ‖ masked) in nats."
+    )
+    return page(
+        "The induction circuit in rank-one subcomponents: several runs",
+        lead,
+        [
+            (
+                "Count and trust",
+                "What a count is worth: the fewer subcomponents and the lower the KL when everything else is cut, the better. Three marks a run.",
+                viz.count_against_kl(found),
+            ),
+            ("All figures", "The target's own mechanism first: targets of the same accuracy differ.", table),
+        ],
+    )
 
 
 def cheat_warning(verification: Verification) -> str | None:

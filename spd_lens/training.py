@@ -26,14 +26,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens import masks
+from spd_lens.batches import Batches
 from spd_lens.components import check_weight, initialise
 from spd_lens.config import SPDConfig
-from spd_lens.decomposition import Decomposition, Trace, check_tokens
+from spd_lens.curvature import factors
+from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
 from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from
 from spd_lens.ranks import ALONE, Ranks, join
+from spd_lens.retirement import close, retire
 from spd_lens.schema import Count, Natural
 from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
@@ -110,7 +113,7 @@ def decompose(
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.exists() and not resume:
         raise SPDError(f"{checkpoint} exists; pass resume=True to go on from it, or delete it to start anew.")
-    data = _Data(model, tokens, config)
+    data = Batches(model, tokens, config)
     ranks.per_rank(len(data.example) if data.whole is None else config.batch_size)
     ranks.expect_alike({"config": config.to_json(), "tokens": data.example if data.whole is None else data.whole,
                         "checkpoint (all have to see one file)": checkpoint is not None and checkpoint.exists(),
@@ -120,13 +123,15 @@ def decompose(
         numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
         ranks.only_first(lambda: check_writable(folder, 12 * numbers))
     with frozen(model), reproducible():
-        decomposition = initialised(model, sites, data.example, config)
+        decomposition = initialised(model, sites, data.example, config, data.sample)
         ranks.from_first(decomposition.state().values())
         check_identity(decomposition, data.example[:2])
         trainer = Trainer(decomposition, ranks)
         if checkpoint is not None and checkpoint.exists():
             trainer.load(checkpoint)
         fit(trainer, data, progress and ranks.rank == 0, checkpoint, checkpoint_every, list(callbacks))
+        if config.exact and config.steps:
+            trainer.close(data.sample)
     return decomposition
 
 
@@ -140,12 +145,17 @@ def count(config: SPDConfig, name: str) -> int:
     raise SPDError(f"subcomponents names no pattern for {name}; given: {', '.join(config.subcomponents)}. Add one, e.g. '*': 64.")
 
 
-def initialised(model: Any, sites: dict[str, Site], example: Tensor, config: SPDConfig) -> Decomposition:
-    """The untrained decomposition: subcomponents from each matrix, importance functions scaled to the inputs of `example`."""
+def initialised(model: Any, sites: dict[str, Site], example: Tensor, config: SPDConfig, sample: Tensor | None = None) -> Decomposition:
+    """The untrained decomposition: subcomponents from each matrix and its curvature on `sample` (None: on `example`), importance functions
+    scaled to the inputs of `example`."""
     device = next(iter(sites.values())).weight.device
     generator = torch.Generator(device).manual_seed(config.seed)
-    components = {name: initialise(site, count(config, name), config.init, generator) for name, site in sites.items()}
-    decomposition = Decomposition(model, sites, components, {}, config)
+    decomposition = Decomposition(model, sites, {}, {}, config)
+    rows = max(1, TOKENS_PER_PASS // example.shape[1])
+    weighing = factors(decomposition, example if sample is None else sample, generator, rows) if config.init == "fisher" else {}
+    for name, site in sites.items():
+        decomposition.components[name] = initialise(site, count(config, name), config.init, generator, weighing.get(name))
+    components = decomposition.components
     with torch.no_grad():
         for name, x in decomposition.trace(example).inputs.items():
             decomposition.gates[name] = build_importance(
@@ -174,41 +184,6 @@ def check_identity(decomposition: Decomposition, tokens: Tensor) -> None:
     wrong = [name for name in everything if error({name: everything[name]}) > tolerance]
     raise SPDError(f"{', '.join(wrong or everything)}: replacing the matrix by itself changes the logits, so this model does not use it "
                    "as TransformerLens describes. Leave these sites out.")  # fmt: skip
-
-
-class _Data:
-    """Batches of tokens: drawn from one tensor, or taken from an iterable (of which `example`, the first, is not lost)."""
-
-    def __init__(self, model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig):
-        self.model, self.config = model, config
-        self.whole = check_tokens(model, tokens) if isinstance(tokens, Tensor) else None
-        if self.whole is not None:
-            self.example = self.whole[: config.batch_size]
-            return
-        self.iterator = iter(tokens)
-        first = next(self.iterator, None)
-        if first is None:
-            raise SPDError("tokens are an iterable without a single batch; give batches of [b, s], or one tensor [N, s].")
-        self.example = check_tokens(model, first)
-        self.pending: Tensor | None = self.example
-
-    def skip(self, steps: int) -> None:
-        """On resuming: batches of an iterable that were used before the interruption."""
-        if self.whole is None:
-            for step in range(steps):
-                self.take(step, None)
-
-    def take(self, step: int, generator: torch.Generator | None) -> Tensor:
-        if self.whole is not None:
-            rows = torch.randint(len(self.whole), (self.config.batch_size,), generator=generator, device=self.whole.device)
-            return self.whole[rows]
-        if self.pending is not None:
-            batch, self.pending = self.pending, None
-            return batch
-        batch = next(self.iterator, None)
-        if batch is None:
-            raise SPDError(f"the batches ended after {step} of {self.config.steps} steps; give more, or set steps={step}.")
-        return check_tokens(self.model, batch)
 
 
 @dataclass
@@ -254,9 +229,14 @@ class Trainer:
         self.config = config = decomposition.config
         self.device = device = decomposition.parameters()[0].device
         self.tokens_per_pass = config.tokens_per_pass or (TOKENS_PER_PASS if device.type == "cpu" else CUDA_TOKENS_PER_PASS)
-        self.optimiser = torch.optim.Adam(decomposition.parameters(), lr=config.learning_rate.at(0), fused=True)
+        groups: list[dict[str, Any]] = [{"params": list(g.parameters()), "scale": 1.0} for g in decomposition.gates.values()]
+        for c in decomposition.components.values():
+            size = float((c.V.detach().square().mean() + c.U.detach().square().mean()).div(2).sqrt())
+            groups.append({"params": [c.V, c.U], "scale": size if config.scaled_rate else 1.0})
+        self.optimiser = torch.optim.Adam(groups, lr=config.learning_rate.at(0), fused=True)
         self.shared = torch.Generator(device).manual_seed(config.seed + 1)  # not the stream that initialised the parameters
-        self.draw = masks.Draw(self.shared, kind=config.masks, layerwise_sites=config.layerwise_sites)
+        alive = {name: gate.alive for name, gate in decomposition.gates.items()}
+        self.draw = masks.Draw(self.shared, kind=config.masks, layerwise_sites=config.layerwise_sites, alive=alive)
         for name, c in decomposition.components.items():
             self.draw.sources[name] = self.draw.uniform(c.C, like=c.V)
         self.stopwatch = Stopwatch()
@@ -287,7 +267,7 @@ class Trainer:
         with part("optimiser"):
             self.ranks.average_gradients(d.parameters())
             for group in self.optimiser.param_groups:
-                group["lr"] = config.learning_rate.at(fraction)
+                group["lr"] = group["scale"] * config.learning_rate.at(fraction)
             self.optimiser.step()
         d.steps_done += 1
         with torch.no_grad():
@@ -295,12 +275,31 @@ class Trainer:
             total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
         return StepResult(d.steps_done, losses, total, active, d)
 
+    def retire(self, tokens: Tensor) -> None:
+        """The same ones in every process."""
+        self._with_room(tokens, lambda: retire(self.decomposition, tokens, self.config.retire_tolerance, self._rows(tokens)))
+        self._as_the_first([gate.alive for gate in self.decomposition.gates.values()])
+
+    def close(self, tokens: Tensor) -> None:
+        self._with_room(tokens, lambda: close(self.decomposition, tokens, self.config.retire_tolerance, self._rows(tokens)))
+        self._as_the_first([c.U.data for c in self.decomposition.components.values()])
+
+    def _rows(self, tokens: Tensor) -> int:
+        """Sequences of one pass."""
+        return max(1, self.tokens_per_pass // tokens.shape[1])
+
+    def _as_the_first(self, tensors: Sequence[Tensor]) -> None:
+        copies = [tensor.clone() for tensor in tensors]
+        self.ranks.from_first(copies)
+        for tensor, copy in zip(tensors, copies):
+            tensor.copy_(copy)
+
     def _passes(self, tokens: Tensor, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """The clean pass and the masked ones: logits of importance, the same cut off from what they came from and with the gradients of the
         masked passes, and the reconstruction losses. No rank waits for another here, since memory may run out on one alone."""
         d, part = self.decomposition, self.stopwatch.part
         self.optimiser.zero_grad(set_to_none=True)
-        rows = max(1, self.tokens_per_pass // tokens.shape[1])
+        rows = self._rows(tokens)
         with part("reconstruction"), torch.no_grad(), self._autocast():
             clean = [d.trace(some, self.config.output_positions) for some in tokens.split(rows)]
             inputs = {name: torch.cat([some.inputs[name] for some in clean]) for name in d.sites}
@@ -435,11 +434,12 @@ class Trainer:
         return losses
 
 
-def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, checkpoint_every: int, callbacks: list[Callback]) -> None:
+def fit(trainer: Trainer, data: Batches, progress: bool, checkpoint: Path | None, checkpoint_every: int, callbacks: list[Callback]) -> None:
     """Step until the config's number of steps is reached."""
     d, config = trainer.decomposition, trainer.config
     data.skip(d.steps_done)
     line = max(1, config.steps // 100)
+    retire_at = {round(at * config.steps) for at in config.retire_at}
     bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
     whole = True  # whether the state is that between two steps
 
@@ -449,6 +449,8 @@ def fit(trainer: Trainer, data: _Data, progress: bool, checkpoint: Path | None, 
     try:
         with interrupts_wait() as interrupted:
             while d.steps_done < config.steps:
+                if d.steps_done in retire_at:
+                    trainer.retire(data.sample)
                 whole = False
                 result = trainer.step(trainer.ranks.share(data.take(d.steps_done, trainer.shared)))
                 whole = True

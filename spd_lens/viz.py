@@ -14,6 +14,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from spd_lens.masks import THRESHOLD
+from spd_lens.metrics import LABELS
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8a8a"
 TEMPLATE = "plotly_white"
@@ -122,6 +123,34 @@ def bilinear_form(matrix: Tensor, title: str, rows: str, columns: str) -> go.Fig
     figure.update_yaxes(title=rows, autorange="reversed", scaleanchor="x", constrain="domain")
     figure.update_xaxes(title=columns, constrain="domain")
     return _finish(figure, title, 460)
+
+
+def positional_form(form: Tensor) -> go.Figure:
+    """A causal position × position form of scores, each row less its mean over the keys `j ≤ i`, with the diagonal `j = i - 1` marked."""
+    visible = torch.ones_like(form).tril()
+    centred = (form - (form * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)).masked_fill(visible == 0, torch.nan)
+    figure = bilinear_form(centred, "Q0×K0, by position: what the active subcomponents add up to", "query at", "s at")
+    before = [i - 1 for i in range(1, len(form))]
+    figure.add_scatter(x=before, y=[j + 1 for j in before], mode="markers", marker=dict(symbol="circle-open", size=6, color=GREEN, line_width=1),
+                       name="one before", hoverinfo="skip", showlegend=True)  # fmt: skip
+    return figure.update_layout(height=620, legend=dict(orientation="h", y=1.06, x=0.5, xanchor="center"))
+
+
+def count_against_kl(found: Mapping[str, Mapping[str, float | int]]) -> go.Figure:
+    """Runs by their number of distinct subcomponents and what it costs to cut the others, hard, alive-only and adversarially."""
+    marks = {"kl_hard": (BLUE, "circle"), "kl_alive_only": (ORANGE, "square"), "kl_adversarial": (PURPLE, "diamond")}
+    runs = list(found)
+    figure = make_subplots(1, 2, shared_yaxes=True, column_widths=[0.35, 0.65], horizontal_spacing=0.03)
+    figure.add_bar(y=runs, x=[found[run]["distinct"] for run in runs], orientation="h", marker_color=GREY, showlegend=False, row=1, col=1,
+                   text=[f"{found[run]['distinct']:.0f}" for run in runs], textposition="auto", hovertemplate="%{y}: %{x}<extra></extra>")  # fmt: skip
+    for name, (colour, symbol) in marks.items():
+        figure.add_scatter(y=runs, x=[found[run][LABELS[name]] for run in runs], mode="markers", name=LABELS[name].split(":")[0], row=1, col=2,
+                           marker=dict(color=colour, symbol=symbol, size=11), hovertemplate="%{y}: %{x:.1e} nats<extra></extra>")  # fmt: skip
+    figure.update_xaxes(title="distinct subcomponents", rangemode="tozero", col=1)
+    figure.update_xaxes(title="KL, nats per output (log scale)", type="log", exponentformat="power", col=2)
+    figure.update_yaxes(autorange="reversed", type="category")
+    return _finish(figure, "How many are active, and what cutting all others costs", 190 + 34 * len(runs),
+                   legend=dict(orientation="h", y=1.0, yanchor="bottom", x=0.4))  # fmt: skip
 
 
 def positional_attention_circuit(

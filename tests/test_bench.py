@@ -29,7 +29,7 @@ def test_every_importance_function_is_measured(importance):
 def test_the_step_of_gpt2_stands_beside_the_models_own_passes():
     line = bench_step(2, 4, "attention", 1, "cpu", steps=2, model="gpt2", **TINY)
     assert line["sites"] == 6 and line["plain_s"] > 0 and line["ratio_min"] <= line["ratio"] <= line["ratio_max"]
-    assert {"stochastic", "layerwise", "adversarial", "minimality"} <= set(line["losses"])  # all that are ever on
+    assert {"stochastic", "layerwise", "adversarial", "price"} <= set(line["losses"])  # all that are ever on
 
 
 @pytest.mark.parametrize("kind", CLASSES)

@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from spd_lens.bench.models import CLASSES
 from spd_lens.tasks import induction
 
 QUICK = ["--steps", "3", "--subcomponents", "16", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def few_sequences(monkeypatch):
+    """What is measured on 2,048 is tested elsewhere; 64 do here."""
+    monkeypatch.setattr(induction, "measure", functools.partial(induction.measure, many=64))
 
 
 @pytest.fixture
@@ -33,7 +40,8 @@ def test_induction_writes_all_that_it_promises(target, capsys):
     assert Decomposition.load(target / "decomposition", model).steps_done == 3
     page = (target / "report.html").read_text()
     assert "src=" not in page.split("<body>")[1] and "@import" not in page
-    assert page.count('class="plotly-graph-div"') == 4
+    assert page.count('class="plotly-graph-div"') == 5
+    assert "Do they do what the circuit needs?" in printed and "previous token" in printed
 
 
 @pytest.mark.parametrize(
@@ -42,6 +50,10 @@ def test_induction_writes_all_that_it_promises(target, capsys):
         (["induction", "--out", "/proc/nowhere"], "cannot take"),
         (["induction", "--subcomponents", "0"], "at least 1"),
         (["induction", "--steps", "-1"], "at least 0"),
+        (["induction", "--seeds", "0"], "seeds was given as 0"),
+        (["induction", "--without", "colour"], "no part 'colour'; allowed: fisher, svd"),
+        (["induction", "--vary", "init", "3"], "'init' is neither a setting that is one number nor a loss"),
+        (["induction", "--vary", "gate_width", "3.5"], "gate_width was given as '3.5'; it has to be a whole number"),
         (["bench", "step", "--batch", "4", "0"], "batch was given as 0"),
         (["bench", "step", "--layers", "2"], "--model gpt2"),
         (["bench", "step", "--device", "warp"], "allowed: cpu, cuda"),
@@ -59,6 +71,32 @@ def test_bad_input_is_one_line_and_found_at_once(arguments, message, capsys, tmp
         cli.main(arguments)
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and "error:" in printed.err and message in printed.err and printed.out == ""
+
+
+def test_a_study_makes_a_table_of_its_runs_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    for seed in (3, 4):
+        induction.save_target(induction.build_target(seed), tmp_path / f"target-{seed}.safetensors", seed)
+    arguments = ["induction", "--out", str(tmp_path), "--seed", "3", "--resume", *QUICK]
+    cli.main([*arguments, "--seeds", "2"])
+    printed = capsys.readouterr().out
+    wanted = ("seed 3", "seed 4", "median", "KL, adversarial", "target: effective rank of V1", "replication")
+    assert [words for words in wanted if words not in printed] == []
+    assert {"seed-3", "seed-4", "study.json", "study.html"} < {p.name for p in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "study.json").read_text()).keys() == {"seed 3", "seed 4"}
+
+    def none(*_, **__):
+        raise AssertionError("what is finished is not done again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "decompose", none)
+        cli.main([*arguments, "--seeds", "2"])
+        with pytest.raises(AssertionError):
+            cli.main([*arguments, "--seeds", "2", "--importance", "scalar"])  # other settings: not the same run
+    capsys.readouterr()
+    cli.main([*arguments, "--vary", "gate_bias", "1", "3.5"])
+    printed = capsys.readouterr().out
+    assert "gate_bias 3.5" in printed and "median" not in printed
+    assert (tmp_path / "gate_bias-3.5" / "report.html").exists()
 
 
 def test_a_checkpoint_of_an_interrupted_run_is_not_lost(target, capsys):

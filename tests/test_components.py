@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from spd_lens import SPDError
-from spd_lens.components import Components, check_weight, initialise, masked_output
+from spd_lens.components import Components, check_weight, initialise, masked_output, weighted_svd
 from spd_lens.sites import Passage, Site
 
 
@@ -26,6 +26,47 @@ def test_singular_vectors_are_exact_at_full_rank_and_noise_is_small():
     assert more.delta(s.weight).norm() < 0.01 * s.weight.norm() and (more.V[:, 5:] != 0).all()
 
 
+def test_the_metrics_vectors_are_exact_together_and_best_one_by_one():
+    s, generator = site(), torch.Generator().manual_seed(1)
+    A, G = (M @ M.T for M in (torch.randn(d, d, generator=generator, dtype=torch.float64) for d in (6, 5)))
+    V, U = weighted_svd(s.weight, (A, G))
+    assert torch.allclose(V @ U, s.weight.double(), atol=1e-12) and torch.allclose(V.norm(dim=0), U.norm(dim=1))
+
+    def lost(V, U):
+        delta = s.weight.double() - V @ U
+        return float((A @ delta @ G @ delta.T).trace())
+
+    own = weighted_svd(s.weight, None)
+    for k in range(1, 5):
+        assert lost(V[:, :k], U[:k]) < lost(own[0][:, :k], own[1][:k])
+        for _ in range(20):  # nor does any small step away from them lose less
+            step = 1e-2 * torch.randn(6, 5, generator=generator, dtype=torch.float64)
+            near, values, far = torch.linalg.svd(V[:, :k] @ U[:k] + step, full_matrices=False)
+            assert lost(near[:, :k] * values[:k], far[:k]) > 0.98 * lost(V[:, :k], U[:k])
+    c = initialise(s, 9, "fisher", generator, (A, G))
+    assert torch.allclose(c.V[:, :5], V.float()) and c.delta(s.weight).norm() < 0.01 * s.weight.norm()
+
+
+def test_a_metric_that_knows_nothing_of_a_direction_stays_exact():
+    s = site()
+    A, G = torch.zeros(6, 6, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64)
+    A[0, 0] = G[1, 1] = 1.0
+    for factors in ((A, G), (torch.zeros_like(A), torch.zeros_like(G))):
+        V, U = weighted_svd(s.weight, factors)
+        assert torch.allclose(V @ U, s.weight.double(), atol=1e-9) and torch.isfinite(V).all() and torch.isfinite(U).all()
+
+
+def test_closing_makes_the_product_exact_or_does_nothing():
+    s = site()
+    c = Components(torch.randn(6, 8), torch.randn(8, 5))
+    c.close(s.weight)
+    assert c.delta(s.weight).norm() < 1e-6 * s.weight.norm()
+    few = Components(torch.randn(6, 3), torch.randn(3, 5))
+    before = few.U.clone()
+    few.close(s.weight)
+    assert torch.equal(few.U, before)
+
+
 def test_random_start_has_the_matrix_norm():
     s = site(60, 50)
     start = initialise(s, 80, "random", torch.Generator().manual_seed(0))
@@ -33,7 +74,7 @@ def test_random_start_has_the_matrix_norm():
 
 
 def test_fewer_subcomponents_than_the_rank_say_what_it_costs():
-    with pytest.warns(UserWarning, match=r"3 subcomponents for a matrix of rank 5 leave at best .*%"):
+    with pytest.warns(UserWarning, match=r"3 subcomponents for a matrix of rank 5 leave a part .* Give subcomponents=5"):
         initialise(site(), 3, "svd", torch.Generator())
 
 

@@ -19,9 +19,12 @@ def test_unknown_names_are_refused_with_the_nearest():
         (dict(steps=-1), "at least 0"),
         (dict(batch_size=0), "at least 1"),
         (dict(importance="atention"), "nearest: attention"),
-        (dict(init="zero"), "allowed: svd, random"),
+        (dict(init="zero"), "allowed: fisher, svd, random"),
         (dict(output_positions="first"), "output_positions"),
         (dict(frequency_scale=0.0), "above 0"),
+        (dict(retire_at=(0.3, 1.0)), r"retire_at was given as \(0.3, 1.0\); its fractions of training"),
+        (dict(retire_at=0.3), "retire_at was given as 0.3; it has to be a list"),
+        (dict(retire_tolerance=-1), "retire_tolerance was given as -1.0; it has to be at least 0"),
         (dict(learning_rate=((0.5, 1.0), (0.2, 1.0))), "rise"),
         (dict(learning_rate="fast"), "schedule"),
         (dict(learning_rate=((0.0, 1.0), (float("nan"), 1.0), (1.0, 1.0))), "finite"),
@@ -56,6 +59,7 @@ def test_schedules_are_joined_by_lines_steps_and_cosines():
     cosine = Schedule(((0.0, 1.0), (1.0, 0.0)), "cosine")
     assert [cosine.at(f) for f in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
     assert Schedule.of(3).at(0.7) == 3
+    assert cosine.times(2) == Schedule(((0.0, 2.0), (1.0, 0.0)), "cosine")
 
 
 def test_json_round_trip():
@@ -72,6 +76,7 @@ def test_the_papers_settings():
     assert (paper.minimality_power.at(0), paper.minimality_power.at(1)) == (0.9, pytest.approx(0.1))
     assert (paper.learning_rate.at(0), paper.learning_rate.at(1)) == (1e-3, pytest.approx(0))
     assert (paper.masks, paper.init, paper.output_positions) == ("uniform", "random", "last")
+    assert (paper.scaled_rate, paper.retire_at, paper.exact) == (False, (), False)
 
 
 def test_a_whole_number_is_a_number():

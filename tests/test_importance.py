@@ -82,6 +82,23 @@ def test_scalar_sees_only_its_own_inner_activation():
     assert difference[1] > 0 and difference[[0, 2, 3]].max() == 0
 
 
+@pytest.mark.parametrize("kind", ["scalar", "vector", "attention"])
+def test_the_retired_are_off_for_good_and_change_nothing_for_the_others(kind):
+    gate, x, inner = build(kind)
+    before = gate(x, inner)
+    gate.alive[[0, 2]] = 0
+    after = gate(x, inner)
+    assert torch.allclose(after[..., [1, 3]], before[..., [1, 3]], atol=1e-6)
+    assert lower_leaky(after)[..., [0, 2]].max() == 0 and upper_leaky(after)[..., [0, 2]].max() == 0
+    (after * torch.randn(after.shape)).sum().backward()
+    outer = gate.b2 if kind == "scalar" else gate.mlps.b2
+    assert (outer.grad[[0, 2]] == 0).all() and (outer.grad[[1, 3]] != 0).all()
+    gate.alive.fill_(1)
+    assert torch.equal(gate(x, inner), before)
+    gate.alive.zero_()
+    assert lower_leaky(gate(x, inner)).max() == 0
+
+
 def test_attention_is_the_papers_formula():
     gate, x, inner = build("attention")
     scaled = x / gate.scale

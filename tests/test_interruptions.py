@@ -80,7 +80,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path, capsys):
     draw, landed, histories = random.Random(0), Counter(), 0
 
     def enough():  # which moments chance hits depends on the machine: more kills until each kind was hit
-        return landed["kills"] >= KILLS and landed["in training"] >= KILLS / 3 and min(landed["while writing"], landed["while resuming"]) >= 3
+        return (
+            landed["kills"] >= KILLS and landed["in training"] >= KILLS / 3 and min(landed["while writing"], landed["while resuming"]) >= 3
+        )
 
     while not enough() and landed["kills"] < 10 * KILLS:
         folder = tmp_path / str(histories)

@@ -2,7 +2,8 @@
 
     pytest -m slow -s tests/test_published_models.py
 
-prints for each: faithfulness, the `verify` table, active subcomponents per token, task accuracy or loss under hard masks.
+prints for each, with the default settings and with those of plain SPD: faithfulness, the `verify` table, active subcomponents per token,
+task accuracy or loss under hard masks.
 """
 
 import json
@@ -67,8 +68,15 @@ def show(name, d, tokens, seconds, task):
     return found
 
 
+def settings(kind, **given):
+    """The defaults, or the paper's settings with as many steps, sequences and subcomponents."""
+    plain = dict(sites="*", output_positions="all", subcomponents=64, layerwise_sites=2)
+    return SPDConfig(**given) if kind == "defaults" else SPDConfig.paper(**plain, **given)
+
+
 @needs_hooked
-def test_sorted_list():
+@pytest.mark.parametrize("kind", ["defaults", "plain SPD"])
+def test_sorted_list(kind):
     model, start = hooked("sorted_list"), time.perf_counter()
     tokens = sorted_lists(256, seed=1)
 
@@ -77,13 +85,20 @@ def test_sorted_list():
 
     with torch.no_grad():
         assert accuracy(model(tokens)) == pytest.approx(0.999, abs=0.003)  # loaded as it was published
-    d = decompose(model, sorted_lists(4096), SPDConfig(steps=300), progress=False)
-    found = show("sorted_list", d, tokens, time.perf_counter() - start, accuracy)
+    d = decompose(model, sorted_lists(4096), settings(kind, steps=600, batch_size=32), progress=False)
+    found = show(f"sorted_list, {kind}", d, tokens, time.perf_counter() - start, accuracy)
     assert found.l0.keys() == d.sites.keys() and len(d.sites) == 4
 
 
-@pytest.mark.parametrize("load", [pytest.param(hooked, marks=needs_hooked), bridged])
-def test_stories260k(load):
+@pytest.mark.parametrize(
+    "kind, load",
+    [
+        pytest.param("defaults", hooked, marks=needs_hooked),
+        ("defaults", bridged),
+        ("plain SPD", bridged if zoo.HookedTransformer is None else hooked),
+    ],
+)
+def test_stories260k(kind, load):
     model, start = load("stories260k"), time.perf_counter()
     tokens = load_file(FOLDER / "stories260k" / "samples.safetensors")["tokens"].long()
     held_out = tokens[224:]
@@ -93,5 +108,5 @@ def test_stories260k(load):
 
     with torch.no_grad():
         assert loss(model(held_out)) == pytest.approx(1.19, abs=0.01)  # loaded as it was published, by either way
-    d = decompose(model, tokens[:224], SPDConfig(steps=200, batch_size=8), progress=False)
-    show(f"stories260k in a {type(model).__name__}", d, held_out, time.perf_counter() - start, loss)
+    d = decompose(model, tokens[:224], settings(kind, steps=200, batch_size=8), progress=False)
+    show(f"stories260k in a {type(model).__name__}, {kind}", d, held_out, time.perf_counter() - start, loss)

@@ -65,3 +65,11 @@ def test_links_lead_somewhere():
     for path in ("README.md", *(p.relative_to(ROOT) for p in (ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / path).read_text()):
             assert (ROOT / path).parent.joinpath(target).exists(), f"{path}: {target}"
+
+
+def test_the_diagnosis_as_the_docs_show_it():
+    (code,) = blocks("docs/induction.md")
+    code = code.replace("train_target(", "build_target(").replace("config()", "config(steps=2, gate_bias=3.0), progress=False")
+    scope = {}
+    exec(compile(code, "docs/induction.md", "exec"), scope)
+    assert "match" in repr(scope["found"]) and len(scope["figure"].data) == 2

@@ -3,7 +3,7 @@ import signal
 import pytest
 import torch
 
-from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks
+from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks, training
 from spd_lens.guards import frozen
 from spd_lens.importance import lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_divergence
@@ -11,7 +11,8 @@ from spd_lens.sites import find_sites
 from spd_lens.training import Trainer, initialised
 from tests import zoo
 
-QUICK = dict(steps=6, subcomponents=33, batch_size=4, gate_width=4)
+QUICK = dict(steps=6, subcomponents=33, batch_size=4, gate_width=4, retire_at=(), exact=False)
+WHOLE = {**QUICK, "retire_at": (0.3, 0.45), "exact": True, "sites": "blocks.*.W_[QVi]*"}
 
 
 def weights_of(d):
@@ -35,6 +36,8 @@ def test_training_lowers_the_loss_and_leaves_the_model_alone(model):
         subcomponents=33,
         batch_size=8,
         init="random",
+        exact=False,
+        scaled_rate=False,
         weights={"faithfulness": 100.0, "stochastic": 1.0},
     )
     totals = []
@@ -56,10 +59,11 @@ def test_a_step_is_the_sum_of_its_parts(model, at_once, positions):
     config = SPDConfig(subcomponents=20, batch_size=3, gate_width=4, init="random", layerwise_sites=3,
                        output_positions=positions, tokens_per_pass=at_once * zoo.tokens(1).numel(),
                        weights={"faithfulness": 10.0, "minimality": 0.1, "frequency": 0.2, "plain": 0.5, "stochastic": 1.0,
-                                "layerwise": 2.0, "partial": 0.7, "adversarial": 0.3})  # fmt: skip
+                                "layerwise": 2.0, "partial": 0.7, "adversarial": 0.3, "alive": 0.4})  # fmt: skip
     tokens = zoo.tokens(3)
     with frozen(model):
         d = initialised(model, find_sites(model, "*"), tokens, config)
+        d.gates["blocks.0.attn.W_Q"].alive[:3] = 0
         trainer = Trainer(d)
         start = trainer.draw.generator.get_state()
         sources = {n: r.clone() for n, r in trainer.draw.sources.items()}
@@ -68,8 +72,9 @@ def test_a_step_is_the_sum_of_its_parts(model, at_once, positions):
         fast = [p.grad.clone() for p in parameters]
 
         d = initialised(model, find_sites(model, "*"), tokens, config)  # as it was before the step
+        d.gates["blocks.0.attn.W_Q"].alive[:3] = 0
         trainer.draw.generator.set_state(start)
-        draw = masks.Draw(trainer.draw.generator, sources, config.masks, config.layerwise_sites)
+        draw = masks.Draw(trainer.draw.generator, sources, config.masks, config.layerwise_sites, trainer.draw.alive)
         clean = d.trace(tokens)
         _, z = d.importance_logits({n: x.detach() for n, x in clean.inputs.items()})
         lower = {n: lower_leaky(v) for n, v in z.items()}
@@ -113,7 +118,7 @@ def test_the_adversary_climbs(model):
 
 @pytest.mark.parametrize("iterable", [False, True])
 def test_resuming_gives_the_same_bits(model, tmp_path, iterable):
-    config = SPDConfig(**QUICK)
+    config = SPDConfig(**WHOLE)
 
     def data():
         return (zoo.tokens(4, seed=s) for s in range(20)) if iterable else zoo.tokens(16)
@@ -170,8 +175,51 @@ def test_a_checkpoint_is_neither_lost_nor_mixed_up(model, tmp_path):
 )
 def test_training_runs_on_every_kind_of_model(name, importance):
     config = SPDConfig(steps=2, subcomponents={"*.attn.*": 33, "*": 49}, batch_size=4, importance=importance, gate_width=2)
+    config = config if importance == "attention" else config.replace(retire_at=(), exact=False)
     d = decompose(zoo.ALL[name](), zoo.tokens(8), config, progress=False)
     assert d.steps_done == 2 and all(torch.isfinite(v).all() for v in d.state().values())
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_learning_rate_of_subcomponents_is_in_units_of_their_entries(model, scaled):
+    config = SPDConfig(**{**QUICK, "scaled_rate": scaled, "learning_rate": 0.01})
+    with frozen(model):
+        trainer = Trainer(initialised(model, find_sites(model, "*"), zoo.tokens(8), config))
+        before = weights_of(trainer.decomposition)
+        trainer.step(zoo.tokens(4))
+    for name in trainer.decomposition.sites:
+        V, U = before[f"{name}.V"], before[f"{name}.U"]
+        size = float(torch.cat([V.flatten(), U.flatten()]).square().mean().sqrt()) if scaled else 1.0
+        moved = (trainer.decomposition.components[name].V - V).abs().max()  # Adam's first step is the rate itself
+        assert float(moved) == pytest.approx(0.01 * size, rel=0.1)
+
+
+def test_what_is_not_needed_is_retired_at_its_steps_and_stays_so(model, tmp_path, monkeypatch):
+    when = []
+
+    def first_two(d, tokens, tolerance, rows):
+        when.append((d.steps_done, len(tokens), tolerance))
+        for gate in d.gates.values():
+            gate.alive[:2] = 0
+
+    monkeypatch.setattr(training, "retire", first_two)
+    config = SPDConfig(**{**QUICK, "retire_at": (0.34, 0.5)}, retire_tolerance=0.07)
+    path = tmp_path / "c.safetensors"
+    d = decompose(model, zoo.tokens(16), config, progress=False, checkpoint=path)
+    assert when == [(2, 16, 0.07), (3, 16, 0.07)]
+    again = Decomposition.load(d.save(tmp_path / "saved"), model)
+    resumed = decompose(model, zoo.tokens(16), config, progress=False, checkpoint=path, resume=True)
+    for one in (d, again, resumed):
+        assert all(gate.alive.tolist() == [0.0, 0.0] + [1.0] * 31 for gate in one.gates.values())
+        assert all(g[..., :2].max() == 0 for g in one.importances(zoo.tokens()).values())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_product_is_exact_at_the_end(model, exact):
+    config = SPDConfig(**{**QUICK, "subcomponents": 49, "exact": exact}, retire_tolerance=10.0)  # whatever closing costs
+    d = decompose(model, zoo.tokens(16), config, progress=False)
+    worst = max(float(d.components[name].delta(site.weight).norm() / site.weight.norm()) for name, site in d.sites.items())
+    assert (worst < 1e-6) == exact
 
 
 class TestBadInput:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from spd_lens import viz
+from spd_lens.metrics import LABELS
 
 HOSTILE = ["</script>", "<img onerror=alert(1)>", "a\nb", "", "\u202e"]
 
@@ -29,6 +30,21 @@ def test_census_bars_put_the_paper_beside():
     figure = viz.census_bars(own, own, ("s1", "m"), "KL hard 1")
     assert len(figure.data) == 4 and "KL hard 1" in figure.layout.title.text
     assert len(viz.census_bars(own, None, ("s1", "m"), "").data) == 2
+
+
+def test_the_positional_form_is_causal_and_centred_and_marks_the_key_before():
+    form = viz.positional_form(torch.arange(16.0).view(4, 4))
+    shown = torch.tensor(form.data[0].z)
+    assert torch.equal(shown.isnan(), torch.ones(4, 4).triu(1).bool()) and torch.allclose(shown.nansum(1), torch.zeros(4))
+    assert list(zip(form.data[1].y, form.data[1].x)) == [(1, 0), (2, 1), (3, 2)]
+    assert form.layout.title.text and form.layout.xaxis.title.text and form.layout.yaxis.title.text
+
+
+def test_a_count_stands_beside_what_it_costs_to_cut_the_rest():
+    run = {"distinct": 12.0, **{LABELS[name]: kl for name, kl in (("kl_hard", 1e-3), ("kl_alive_only", 2e-3), ("kl_adversarial", 3e-2))}}
+    figure = viz.count_against_kl({"seed 0": run, "seed 1": run})
+    assert list(figure.data[0].x) == [12, 12] and [trace.x[0] for trace in figure.data[1:]] == [1e-3, 2e-3, 3e-2]
+    assert [trace.name for trace in figure.data[1:]] == ["KL, hard", "KL, alive-only", "KL, adversarial"]
 
 
 def test_training_curves():

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -67,16 +69,24 @@ def test_what_is_measured_is_what_is_there():
     """The figures of an untrained decomposition (all importances on) are known in advance."""
     model = induction.build_target(0)
     d = decompose(model, induction.batches(8, 0), induction.config(steps=0, gate_bias=3.0), progress=False)
-    outcome = induction.measure(d, 0, 0.0, 0.0, many=64)
+    outcome = induction.measure(d, 0, {"decomposition": 2.0}, many=64)
     assert outcome.distinct["total"] == outcome.distinct["total_without_s_first"] == 6 * 16
     assert all(value == 16 for means in outcome.mean_active.values() for value in means.values())
     assert outcome.accuracy_hard == outcome.target_accuracy and abs(outcome.verification.kl_hard) < 1e-6
-    for value in outcome.attention.values():
+    for value in outcome.diagnosis.attention.values():
         assert value["original"] == pytest.approx(value["hard"], abs=1e-5)
     results = outcome.results()
+    assert results["seconds"] == sum(results["seconds_by_part"].values()) > 2.0
     assert set(results) >= {"seconds", "config", "target_accuracy", "distinct", "mean_active", "verification"}
     assert set(results["mean_active"]) == set(induction.PAPER) == set(results["distinct"]) - {"total", "total_without_s_first"}
     assert set(results["mean_active"]["Q0"]) == {"s1", "m", "s2", "random"} and "accuracy_hard" in results["verification"]
+    figures = outcome.figures()
+    assert (
+        figures["distinct"] == 96 and figures["seconds, decomposition"] == 2.0 and figures["accuracy, hard masks"] == outcome.accuracy_hard
+    )
+    assert figures["K1 active at m"] == 16 and figures["target: attention s2→m"] == outcome.diagnosis.attention["s2→m"]["original"]
+    json.loads(json.dumps(results, allow_nan=False))
+    assert outcome.interventions_table().loc["everything", "without other active"] == ""  # there is no other one
     assert outcome.beside_paper().loc["V1", "m"] == "16.000 (5.053)"
 
 
