@@ -1,12 +1,13 @@
-"""Two published models decompose with the defaults, where they lie beside the project (they are no part of it).
+"""Two published models decompose with the defaults, where somebody has them (they are no part of the project, and half an hour of work).
 
-    pytest -m slow -s tests/test_published_models.py
+    SPD_LENS_MODELS=folder pytest -m slow -s tests/test_published_models.py
 
 prints for each, with the default settings and with those of plain SPD: faithfulness, the `verify` table, active subcomponents per token,
 task accuracy or loss under hard masks.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from safetensors.torch import load_file
 from spd_lens import SPDConfig, decompose, masks, verify
 from tests import zoo
 
-FOLDER = Path(__file__).parents[2] / "shared" / "models"
+FOLDER = Path(os.environ.get("SPD_LENS_MODELS", "."))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no published models at {FOLDER}"),
+    pytest.mark.skipif("SPD_LENS_MODELS" not in os.environ, reason="SPD_LENS_MODELS does not name a folder with the models"),
     pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank"),
 ]
 needs_hooked = pytest.mark.skipif(zoo.HookedTransformer is None, reason="needs HookedTransformer (transformer-lens 3.9)")
