@@ -118,6 +118,9 @@ class Wire:
     within: nn.Module | None = None  # the module whose call it is read and, if so, skipped in
 
 
+_IDLING: set[tuple[int, str]] = set()  # module, attribute: shadowed at this moment
+
+
 @dataclass(frozen=True, eq=False)
 class Idle:
     """Attributes of `module` that are shadowed while the original product is not wanted. Shadows lie in the instance's `__dict__`, which
@@ -130,6 +133,10 @@ class Idle:
         """Returns what ends it."""
         own = self.module.__dict__
         shadows = self.shadows()
+        keys = {(id(self.module), name) for name in shadows}
+        if keys & _IDLING:  # another replacement in the same pass skips it already, and gives back what was there
+            return lambda: None
+        _IDLING.update(keys)
         before = {name: own[name] for name in shadows if name in own}
         own.update(shadows)
 
@@ -137,6 +144,7 @@ class Idle:
             for name in shadows:
                 own.pop(name, None)
             own.update(before)
+            _IDLING.difference_update(keys)
 
         return end
 

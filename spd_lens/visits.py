@@ -144,10 +144,19 @@ class _Watch:
         self.module.__dict__["forward"] = self
 
     def end(self) -> None:
-        if self.module.__dict__.get("forward") is self:
-            del self.module.__dict__["forward"]
-            if self.before is not None:
-                self.module.__dict__["forward"] = self.before
+        """Take this one out of the chain, wherever in it: others may have begun after it."""
+        own, above = self.module.__dict__, None
+        at = own.get("forward")
+        while isinstance(at, _Watch) and at is not self:
+            above, at = at, at.before
+        if at is not self:
+            return
+        if above is not None:
+            above.before, above.forward = self.before, self.forward
+        elif self.before is None:
+            del own["forward"]
+        else:
+            own["forward"] = self.before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.end()

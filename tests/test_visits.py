@@ -131,3 +131,34 @@ def test_an_error_on_the_way_leaves_every_weight_in_its_place(model, tokens, poi
         del hooks
         gc.collect()
         assert torch.equal(model(tokens), clean) and shadows(model) == before
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ALL))
+def test_two_replacements_of_one_matrix_in_one_pass_give_the_model_back(name):
+    model, tokens = zoo.ALL[name](), zoo.tokens()
+    sites = find_sites(model)
+    with torch.no_grad():
+        clean = model(tokens, return_type="logits")
+        for site in sites:
+            nothing = [rewrite_hooks(model, sites, {site: lambda p: p.biased(0 * p.source @ sites[site].weight)}, [site]) for _ in "ab"]  # noqa: B023
+            model.run_with_hooks(tokens, fwd_hooks=nothing[0] + nothing[1])
+            assert torch.equal(model(tokens, return_type="logits"), clean), site
+
+
+def test_an_error_between_two_watches_leaves_a_model_that_runs(model, tokens):
+    sites = find_sites(model)
+    chosen, on = ("blocks.1.attn.W_Q", "blocks.1.attn.W_O"), [True]
+
+    def fail(x, hook):
+        if on[0]:
+            raise RuntimeError("on the way")
+
+    with torch.no_grad():
+        clean = model(tokens, return_type="logits")
+        hooks = [rewrite_hooks(model, sites, {site: lambda p: p.y}) for site in chosen]
+        with model.hooks(fwd_hooks=hooks[0] + hooks[1] + [("blocks.1.ln1.hook_normalized", fail)]):
+            with pytest.raises(RuntimeError, match="on the way"):
+                model(tokens)
+            on[0] = False
+            model(tokens)
+        assert torch.equal(model(tokens, return_type="logits"), clean)
