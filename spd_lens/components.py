@@ -6,6 +6,7 @@
 """
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from spd_lens.errors import SPDError
 from spd_lens.sites import Passage, Site
 
 DAMPING = 1e-3  # of a factor's mean eigenvalue: directions that the sample did not show are not free
+BACKGROUND = 0.1  # weight of what is read elsewhere, against what is read on the prompts
 SPANS = 1e-6  # of the matrix's norm may be left
 NOISE = 0.01  # of subcomponents beyond the rank: small, so that they start idle, not zero, so that they can learn
 
@@ -78,18 +80,27 @@ def initialise(site: Site, C: int, kind: str, generator: torch.Generator, factor
     """`random`: Gaussian, scaled so that `V·U` has about the matrix's norm. `svd`: the singular vectors. `fisher`: the same in the
     metric of `factors` (`weighted_svd`). Of the last two, what lies beyond the rank is small noise."""
     weight = site.weight
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=weight.dtype, device=weight.device)
-
     if kind == "random":
         scale = (weight.norm() / (C * site.d_in * site.d_out) ** 0.5) ** 0.5
-        return Components(scale * noise(site.d_in, C), scale * noise(C, site.d_out))
+        V, U = (
+            torch.randn(*shape, generator=generator, dtype=weight.dtype, device=weight.device)
+            for shape in ((site.d_in, C), (C, site.d_out))
+        )
+        return Components(scale * V, scale * U)
     rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
     if rank > C:
         warnings.warn(f"{site.name}: {C} subcomponents for a matrix of rank {rank} leave a part of it to the delta. "
                       f"Give subcomponents={rank} or more for an exact decomposition.", stacklevel=3)  # fmt: skip
-    V, U = weighted_svd(weight, factors)
+    return _filled(site, C, *weighted_svd(weight, factors), generator)
+
+
+def _filled(site: Site, C: int, V: Tensor, U: Tensor, generator: torch.Generator) -> Components:
+    """The first C terms; small noise where there are fewer."""
+    weight = site.weight
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=weight.dtype, device=weight.device)
+
     spread, beyond = float(weight.norm()) ** 0.5 * NOISE, max(0, C - len(U))
     V = torch.cat([V[:, :C].to(weight), spread * noise(site.d_in, beyond) / site.d_in**0.5], 1)
     U = torch.cat([U[:C].to(weight), spread * noise(beyond, site.d_out) / site.d_out**0.5], 0)
@@ -106,8 +117,7 @@ def weighted_svd(weight: Float[Tensor, "d_in d_out"], factors: Factors | None) -
         (root_a, inverse_a), (root_g, inverse_g) = map(_roots, factors)
     left, singular, right = torch.linalg.svd(root_a @ W @ root_g, full_matrices=False)
     V, U = inverse_a @ (left * singular), right @ inverse_g
-    balance = (U.norm(dim=1) / V.norm(dim=0).clamp_min(1e-300)).sqrt()
-    return V * balance, U / balance[:, None].clamp_min(1e-300)
+    return _balanced(V, U)
 
 
 def _roots(M: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +125,67 @@ def _roots(M: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(M / M.diagonal().mean().clamp_min(1e-300))
     values = values.clamp_min(0) + DAMPING
     return (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a matrix reads and how much what it writes matters on the prompts of a targeted decomposition, and what it reads elsewhere.
+
+    Attributes:
+        rows: `[n, d_in]`, what it reads, position by position.
+        weights: `[n]`, how much an output depends on what it writes there: the mean square of the gradient.
+        output: `[d_out, d_out]`, G of the Kronecker factors.
+        background: `[d_in, d_in]`, the second moment of what it reads in other text.
+    """
+
+    rows: Float[Tensor, "n d_in"]
+    weights: Float[Tensor, " n"]
+    output: Float[Tensor, "d_out d_out"]
+    background: Float[Tensor, "d_in d_in"]
+
+
+def targeted(site: Site, C: int, target: Target, generator: torch.Generator) -> Components:
+    """Subcomponents of what the matrix does on the prompts alone.
+
+    1. The filter `M = (A + β·B)⁻¹·A`, A and B the second moments on the prompts (weighted) and elsewhere, lets pass what is read on the prompts and
+       as little as it can of the rest (Wiener's): `x·M·W` is `x·W` there and small elsewhere. The delta keeps the rest.
+    2. `M·W` is factored in the metric of the prompts' outputs (as `weighted_svd`), the first C terms.
+    3. The terms are rotated to simple structure: each is read at few positions (`varimax`). The outputs of two prompts then belong to
+       different subcomponents wherever what is read there differs.
+    """
+    weights = target.weights.double() / target.weights.double().mean().clamp_min(1e-300)
+    W, seen, B = site.weight.double(), weights.sqrt()[:, None] * target.rows.double(), target.background.double()
+    A = seen.T @ seen / len(seen)
+    damping = DAMPING * B.diagonal().mean().clamp_min(1e-300) * torch.eye(len(B), dtype=B.dtype, device=B.device)
+    filtered = torch.linalg.solve(A + BACKGROUND * (B + damping), A @ W)
+    root, inverse = _roots(target.output.double())
+    _, singular, right = torch.linalg.svd(seen @ filtered @ root, full_matrices=False)
+    many = min(C, int((singular > SPANS * singular[0].clamp_min(1e-300)).sum()))
+    V, U = filtered @ root @ right[:many].T, right[:many] @ inverse
+    rotation = varimax(seen @ V)
+    return _filled(site, C, *_balanced(V @ rotation, rotation.T @ U), generator)
+
+
+def varimax(loadings: Float[Tensor, "n k"], steps: int = 200, tolerance: float = 1e-7) -> Float[Tensor, "k k"]:
+    """The rotation after which each column of `loadings·R` has few large entries: it maximises the variance of their squares (Kaiser 1958,
+    by the iterated singular value decomposition)."""
+    rotation = torch.eye(loadings.shape[1], dtype=loadings.dtype, device=loadings.device)
+    reached = 0.0
+    for _ in range(steps):
+        rotated = loadings @ rotation
+        gradient = loadings.T @ (rotated**3 - rotated * rotated.square().mean(0))
+        left, singular, right = torch.linalg.svd(gradient)
+        rotation = left @ right
+        if float(singular.sum()) <= reached * (1 + tolerance):
+            break
+        reached = float(singular.sum())
+    return rotation
+
+
+def _balanced(V: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+    """`v_c` and `u_c` of the same norm."""
+    balance = (U.norm(dim=1) / V.norm(dim=0).clamp_min(1e-300)).sqrt()
+    return V * balance, U / balance[:, None].clamp_min(1e-300)
 
 
 def check_weight(site: Site) -> None:

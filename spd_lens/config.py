@@ -188,6 +188,25 @@ class SPDConfig:
         )  # fmt: skip
         return cls(**{**paper, **changes})
 
+    @classmethod
+    def targeted(cls, **changes: Any) -> "SPDConfig":
+        """A decomposition of what a model does on a few prompts, for `decompose(model, prompts, config, background=other text)`: partial
+        reconstruction on the prompts, without the delta; on the background the delta is fully on, and activity is dear
+        (arXiv 2511.08854, section 3; Vigouroux & Sharkey 2026, arXiv 2607.13047). `changes` override."""
+        own: dict[str, Any] = dict(
+            subcomponents=48, steps=150, retire_at=(), exact=False, output_positions="last", layerwise_sites=None,
+            weights={
+                "stochastic": 1.0, "partial": 1.0, "adversarial": DEFAULT_WEIGHTS["adversarial"],
+                "price": 1e-4, "frequency": 5e-4, "background": 1.0, "background_price": 3e-3,
+            },
+        )  # fmt: skip
+        return cls(**{**own, **changes})
+
+    @property
+    def is_targeted(self) -> bool:
+        """Whether a loss looks at a second stream of other text."""
+        return any(name.startswith("background") for name in self.weights)
+
     def replace(self, **changes: Any) -> "SPDConfig":
         return type(self)(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
 

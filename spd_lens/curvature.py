@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from spd_lens.components import Factors
+from spd_lens.components import Factors, Target
 from spd_lens.decomposition import Decomposition
 from spd_lens.sites import Passage, Rewrite
 from spd_lens.suffix import compared
@@ -58,6 +58,26 @@ def factors(d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Gener
             before = sums.get(name)
             sums[name] = (A, G) if before is None else (before[0] + A, before[1] + G)
     return sums
+
+
+def targets(
+    d: Decomposition, tokens: Int[Tensor, "b s"], background: Int[Tensor, "n t"], generator: torch.Generator, rows: int
+) -> dict[str, Target]:
+    """Site → what a targeted decomposition starts from. Of the tokens no more than one pass; few of them are gone through several times, since
+    each draw of an output shows one direction of it alone."""
+    tokens = tokens[:rows].repeat(max(1, rows // len(tokens)), 1)
+    inputs, gradients = sensitivities(d, tokens, generator)
+    moments: dict[str, Tensor] = {}
+    for some in background.split(rows):
+        for name, x in d.trace(some).inputs.items():
+            x = x.flatten(0, 1).double()
+            moments[name] = moments.get(name, 0.0) + x.T @ x / background.numel()
+    found = {}
+    for name in d.sites:
+        x, g = inputs[name].flatten(0, 1), gradients[name].flatten(0, 1).double()
+        G = (g * x.double().square().sum(-1, keepdim=True)).T @ g
+        found[name] = Target(x, g.square().sum(-1), G, moments[name])
+    return found
 
 
 def effects(

@@ -124,8 +124,10 @@ class Decomposition:
         """
         return self._forward(self.tokens(tokens), self._replacements(masks, delta), replacing=masks)
 
-    def run_many(self, clean: Trace, variants: Sequence[Mapping[str, Tensor]], positions: str = "all") -> Float[Tensor, "V b n vocabulary"]:
-        """`run` for each of several sets of masks `[b, s, C]`, without delta: the trainer's fast path.
+    def run_many(
+        self, clean: Trace, variants: Sequence[Mapping[str, Tensor]], positions: str = "all", delta: float | int = 0.0
+    ) -> Float[Tensor, "V b n vocabulary"]:
+        """`run` for each of several sets of masks `[b, s, C]`: the trainer's fast path.
 
         The variants are stacked along the batch. The blocks before the first replaced matrix are not run again, nor is the original product
         of a matrix that every variant replaces.
@@ -151,12 +153,12 @@ class Decomposition:
                 assert passage.y is not None
                 by_head = None if passage.by_head is None else of(passage.by_head)
                 part = Passage(of(passage.x), of(passage.y), passage.bias, by_head)
-                new = masked_output(self.components[name], self.sites[name], part, mask, 0.0).unflatten(-3, (len(replaced), -1))
+                new = masked_output(self.components[name], self.sites[name], part, mask, delta).unflatten(-3, (len(replaced), -1))
                 original = passage.y.unflatten(-3, (many, -1))
                 return original.index_copy(original.ndim - 4, index, new.to(original.dtype)).flatten(-4, -3)
 
             def all_rows(passage: Passage) -> Tensor:
-                return masked_output(self.components[name], self.sites[name], passage, mask, 0.0)
+                return masked_output(self.components[name], self.sites[name], passage, mask, delta)
 
             return all_rows if name in shared else some
 

@@ -4,7 +4,7 @@ A *penalty* is a function of a `Pass`. A *reconstruction* is a sampler and a rou
 run by the trainer, and its loss is `KL(original ‖ masked)` in nats, the mean over the passes and the compared positions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,6 +33,7 @@ class Pass:
         logits: of importance, site → `[b, s, C]`.
         power: p of `|g|^p`, annealed.
         ranks: who holds the other sequences of the batch.
+        positions: at which outputs are compared: `all` or `last`; None: as the config says.
     """
 
     sites: Mapping[str, Site]
@@ -41,6 +42,7 @@ class Pass:
     power: float
     config: SPDConfig
     ranks: Ranks = ALONE
+    positions: str | None = None
 
     @property
     def length(self) -> int:
@@ -50,7 +52,7 @@ class Pass:
     @property
     def outputs(self) -> int:
         """Compared outputs of a sequence."""
-        return 1 if self.config.output_positions == "last" else self.length
+        return 1 if (self.positions or self.config.output_positions) == "last" else self.length
 
     @cached_property
     def importances(self) -> dict[str, Tensor]:
@@ -132,7 +134,16 @@ def frequency(step: Pass) -> Float[Tensor, ""]:
 
 Penalty = Callable[[Pass], Tensor]
 
-LOSSES: dict[str, Penalty | Reconstruction] = {
+
+@dataclass(frozen=True)
+class OnBackground:
+    """A loss on the second stream of a targeted decomposition (`decompose(background=…)`): there the delta is fully on and every output is
+    compared (Vigouroux & Sharkey 2026, arXiv 2607.13047), so that what is learnt on a few prompts does no harm elsewhere."""
+
+    loss: Penalty | Reconstruction
+
+
+LOSSES: dict[str, Penalty | Reconstruction | OnBackground] = {
     "faithfulness": faithfulness,
     "minimality": minimality,
     "price": price,
@@ -143,7 +154,16 @@ LOSSES: dict[str, Penalty | Reconstruction] = {
     "layerwise": Reconstruction(masks.stochastic, masks.one_at_a_time),
     "partial": Reconstruction(masks.stochastic, masks.random_subset),
     "adversarial": Reconstruction(masks.adversarial, masks.every_site),
+    "background": OnBackground(Reconstruction(masks.stochastic, masks.every_site)),
+    "background_price": OnBackground(price),
 }
+
+
+def of_stream(names: Iterable[str], background: bool) -> dict[str, Penalty | Reconstruction]:
+    """Those of the named losses that belong to the background, or to the tokens themselves."""
+    losses = {name: LOSSES[name] for name in names}
+    return {name: loss.loss if isinstance(loss, OnBackground) else loss for name, loss in losses.items()
+            if isinstance(loss, OnBackground) is background}  # fmt: skip
 
 
 def kl_divergence(original: Float[Tensor, "... v"], masked: Float[Tensor, "... v"]) -> Float[Tensor, "..."]:

@@ -27,14 +27,14 @@ from tqdm.auto import tqdm
 
 from spd_lens import masks
 from spd_lens.batches import Batches
-from spd_lens.components import check_weight, initialise
+from spd_lens.components import check_weight, initialise, targeted
 from spd_lens.config import SPDConfig
-from spd_lens.curvature import factors
+from spd_lens.curvature import factors, targets
 from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
 from spd_lens.importance import build_importance, lower_leaky
-from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from
+from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from, of_stream
 from spd_lens.ranks import ALONE, Ranks, join
 from spd_lens.retirement import close, retire
 from spd_lens.schema import Count, Natural
@@ -75,7 +75,8 @@ Callback = Callable[[StepResult], None]
 
 def decompose(
     model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig | None = None, *, progress: bool = True,
-    checkpoint: str | Path | None = None, checkpoint_every: int = 500, resume: bool = False, callbacks: Iterable[Callback] = (),
+    background: Tensor | Iterable[Tensor] | None = None, checkpoint: str | Path | None = None, checkpoint_every: int = 500,
+    resume: bool = False, callbacks: Iterable[Callback] = (),
 ) -> Decomposition:  # fmt: skip
     """Split the model's matrices into rank-one subcomponents and learn which of them each position needs.
 
@@ -86,6 +87,8 @@ def decompose(
         tokens: `[N, seq]`, from which each step draws `config.batch_size` rows; or an iterable of `[b, seq]` batches.
             Several processes iterate over the same batches, and each takes its rows of every one.
         config: `SPDConfig()` by default; `steps=0` returns the initialised decomposition.
+        background: other text, as `tokens`: a targeted decomposition (`SPDConfig.targeted()`). On it the delta is fully on, and what is learnt
+            for `tokens` has to be harmless and is to be inactive.
         progress: show a bar with faithfulness, stochastic KL and active subcomponents per position.
         checkpoint: a file to keep the state of the training in, written whole or not at all. Several
             processes have to see the same file, and the first of them writes it.
@@ -110,12 +113,18 @@ def decompose(
     for name in config.weights:
         if name not in LOSSES:
             raise SPDError(f"there is no loss {name!r}; {nearest(name, LOSSES)}.")
+    if (background is not None) != config.is_targeted:
+        raise SPDError("the config is that of a targeted decomposition, and no background was given; give decompose(…, background=other text)."
+                       if config.is_targeted else "a background was given, and the config has no use for it; take SPDConfig.targeted(…), or give "
+                       "a weight to the loss 'background'.")  # fmt: skip
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.exists() and not resume:
         raise SPDError(f"{checkpoint} exists; pass resume=True to go on from it, or delete it to start anew.")
     data = Batches(model, tokens, config)
+    other = None if background is None else Batches(model, background, config)
     ranks.per_rank(len(data.example) if data.whole is None else config.batch_size)
     ranks.expect_alike({"config": config.to_json(), "tokens": data.example if data.whole is None else data.whole,
+                        **({} if other is None else {"background": other.example if other.whole is None else other.whole}),
                         "checkpoint (all have to see one file)": checkpoint is not None and checkpoint.exists(),
                         **{name: site.weight for name, site in sites.items()}})  # fmt: skip
     if checkpoint is not None:
@@ -123,13 +132,13 @@ def decompose(
         numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
         ranks.only_first(lambda: check_writable(folder, 12 * numbers))
     with frozen(model), reproducible():
-        decomposition = initialised(model, sites, data.example, config, data.sample)
+        decomposition = initialised(model, sites, data.example, config, data.sample, None if other is None else other.sample)
         ranks.from_first(decomposition.state().values())
         check_identity(decomposition, data.example[:2])
         trainer = Trainer(decomposition, ranks)
         if checkpoint is not None and checkpoint.exists():
             trainer.load(checkpoint)
-        fit(trainer, data, progress and ranks.rank == 0, checkpoint, checkpoint_every, list(callbacks))
+        fit(trainer, data, other, progress and ranks.rank == 0, checkpoint, checkpoint_every, list(callbacks))
         if config.exact and config.steps:
             trainer.close(data.sample)
     return decomposition
@@ -145,16 +154,26 @@ def count(config: SPDConfig, name: str) -> int:
     raise SPDError(f"subcomponents names no pattern for {name}; given: {', '.join(config.subcomponents)}. Add one, e.g. '*': 64.")
 
 
-def initialised(model: Any, sites: dict[str, Site], example: Tensor, config: SPDConfig, sample: Tensor | None = None) -> Decomposition:
+def initialised(
+    model: Any, sites: dict[str, Site], example: Tensor, config: SPDConfig, sample: Tensor | None = None, background: Tensor | None = None
+) -> Decomposition:
     """The untrained decomposition: subcomponents from each matrix and its curvature on `sample` (None: on `example`), importance functions
-    scaled to the inputs of `example`."""
+    scaled to the inputs of `example`. With a background, those of what the matrix does on `sample` and not there."""
     device = next(iter(sites.values())).weight.device
     generator = torch.Generator(device).manual_seed(config.seed)
     decomposition = Decomposition(model, sites, {}, {}, config)
     rows = max(1, TOKENS_PER_PASS // example.shape[1])
-    weighing = factors(decomposition, example if sample is None else sample, generator, rows) if config.init == "fisher" else {}
+    weighing = (
+        factors(decomposition, example if sample is None else sample, generator, rows)
+        if config.init == "fisher" and background is None
+        else {}
+    )
+    aims = {} if background is None else targets(decomposition, example if sample is None else sample, background, generator, rows)
     for name, site in sites.items():
-        decomposition.components[name] = initialise(site, count(config, name), config.init, generator, weighing.get(name))
+        C = count(config, name)
+        decomposition.components[name] = (
+            targeted(site, C, aims[name], generator) if aims else initialise(site, C, config.init, generator, weighing.get(name))
+        )
     components = decomposition.components
     with torch.no_grad():
         for name, x in decomposition.trace(example).inputs.items():
@@ -210,6 +229,21 @@ class _Variant:
     masks: masks.Masks
 
 
+@dataclass(frozen=True, eq=False)
+class _Passed:
+    """What the passes over one stream leave.
+
+    Attributes:
+        logits: of importance, site → `[b, s, C]`.
+        z: the same cut off from what they came from, with the gradients of the masked passes.
+        losses: the reconstruction losses.
+    """
+
+    logits: dict[str, Tensor]
+    z: dict[str, Tensor]
+    losses: dict[str, Tensor]
+
+
 class Progress(TypedDict):
     """What a checkpoint says about itself."""
 
@@ -246,24 +280,33 @@ class Trainer:
         weights = {name: schedule.at(fraction) for name, schedule in self.config.weights.items()}
         return {name: weight for name, weight in weights.items() if weight != 0}
 
-    def step(self, tokens: Tensor) -> StepResult:
+    def step(self, tokens: Tensor, background: Tensor | None = None) -> StepResult:
         d, config, part = self.decomposition, self.config, self.stopwatch.part
         fraction = d.steps_done / max(1, config.steps)
         weights = self.weights(fraction)
         self.draw.generator = self.ranks.stream(self.shared, config.seed, d.steps_done)
-        logits, z, losses = self._with_room(tokens, lambda: self._passes(tokens, weights))
-        losses = self._check(losses)
+        streams = (
+            [(tokens, config.output_positions, False)]
+            if background is None
+            else [(tokens, config.output_positions, False), (background, "all", True)]
+        )
+        passed: list[_Passed] = self._with_room(tokens, lambda: self._streams(streams, weights))
+        losses = self._check({name: loss for one in passed for name, loss in one.losses.items()})
         if "adversarial" in weights:
             gradients = self.ranks.mean({name: r.grad for name, r in self.draw.sources.items() if r.grad is not None})
             self.draw.sources |= masks.ascend({name: self.draw.sources[name] for name in gradients}, gradients, ADVERSARY_STEP)
         with part("losses"):
-            seen = Pass(d.sites, d.components, z, config.minimality_power.at(fraction), config, self.ranks)
-            penalties = {name: LOSSES[name](seen) for name in weights if not isinstance(LOSSES[name], Reconstruction)}  # pyright: ignore
+            penalties = {}
+            for one, (_, positions, behind) in zip(passed, streams):
+                seen = Pass(d.sites, d.components, one.z, config.minimality_power.at(fraction), config, self.ranks, positions)
+                wanted = of_stream(weights, behind)
+                penalties |= {name: loss(seen) for name, loss in wanted.items() if not isinstance(loss, Reconstruction)}
             losses |= self._check(penalties)
             if penalties:
                 torch.stack([weights[name] * loss for name, loss in penalties.items()]).sum().backward()
         with part("importance"):
-            torch.autograd.backward(list(logits.values()), [z[name].grad for name in logits])
+            for one in passed:
+                torch.autograd.backward(list(one.logits.values()), [one.z[name].grad for name in one.logits])
         with part("optimiser"):
             self.ranks.average_gradients(d.parameters())
             for group in self.optimiser.param_groups:
@@ -271,7 +314,9 @@ class Trainer:
             self.optimiser.step()
         d.steps_done += 1
         with torch.no_grad():
-            active = self.ranks.mean({name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in z.items()})
+            active = self.ranks.mean(
+                {name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in passed[0].z.items()}
+            )
             total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
         return StepResult(d.steps_done, losses, total, active, d)
 
@@ -294,14 +339,25 @@ class Trainer:
         for tensor, copy in zip(tensors, copies):
             tensor.copy_(copy)
 
-    def _passes(self, tokens: Tensor, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """The clean pass and the masked ones: logits of importance, the same cut off from what they came from and with the gradients of the
-        masked passes, and the reconstruction losses. No rank waits for another here, since memory may run out on one alone."""
-        d, part = self.decomposition, self.stopwatch.part
+    def _streams(self, streams: Sequence[tuple[Tensor, str, bool]], weights: Mapping[str, float]) -> "list[_Passed]":
+        """The passes over the tokens, and over the background where there is one. No rank waits for another here, since memory may run out
+        on one alone."""
         self.optimiser.zero_grad(set_to_none=True)
+        self.draw.sources = {name: r.detach().requires_grad_("adversarial" in weights) for name, r in self.draw.sources.items()}
+        passed = []
+        for tokens, positions, background in streams:
+            wanted = {name: loss for name, loss in of_stream(weights, background).items() if isinstance(loss, Reconstruction)}
+            passed.append(self._passes(tokens, positions, wanted, weights, delta=float(background)))
+        return passed
+
+    def _passes(
+        self, tokens: Tensor, positions: str, wanted: Mapping[str, Reconstruction], weights: Mapping[str, float], delta: float
+    ) -> "_Passed":
+        """The clean pass and the masked ones."""
+        d, part = self.decomposition, self.stopwatch.part
         rows = self._rows(tokens)
         with part("reconstruction"), torch.no_grad(), self._autocast():
-            clean = [d.trace(some, self.config.output_positions) for some in tokens.split(rows)]
+            clean = [d.trace(some, positions) for some in tokens.split(rows)]
             inputs = {name: torch.cat([some.inputs[name] for some in clean]) for name in d.sites}
         with part("importance"), self._autocast():
             _, logits = d.importance_logits(inputs)
@@ -309,11 +365,14 @@ class Trainer:
         for value in z.values():
             value.grad = torch.zeros_like(value)
         with part("reconstruction"):
-            losses = self._reconstruct(clean, z, weights)
-        return logits, z, losses
+            losses = self._reconstruct(clean, z, positions, wanted, weights, delta)
+        return _Passed(logits, z, losses)
 
-    def _reconstruct(self, clean: Sequence[Trace], z: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """The masked passes of every weighted reconstruction loss. Gradients are added to those of z, V, U and the adversary.
+    def _reconstruct(
+        self, clean: Sequence[Trace], z: Mapping[str, Tensor], positions: str, wanted: Mapping[str, Reconstruction],
+        weights: Mapping[str, float], delta: float,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The masked passes of every wanted reconstruction loss. Gradients are added to those of z, V, U and the adversary.
 
         Rows of the batch come one lot after the other (`clean`), and in it as many variants at once as `tokens_per_pass` allows, if
         they begin in the same layer. Each pass is followed by its backward pass, so memory grows neither with the batch nor with the
@@ -321,8 +380,7 @@ class Trainer:
         """
         d, losses = self.decomposition, {}
         alike = replace(self.draw, generator=self.shared)  # which sites are replaced is the same on all ranks
-        routes = {name: loss.router(list(d.sites), alike) for name in weights if isinstance(loss := LOSSES[name], Reconstruction)}
-        self.draw.sources = {name: r.detach().requires_grad_("adversarial" in weights) for name, r in self.draw.sources.items()}
+        routes = {name: (loss, loss.router(list(d.sites), alike)) for name, loss in wanted.items()}
         batch, start = sum(len(some.tokens) for some in clean), 0
         for some in clean:
             rows = slice(start, start := start + len(some.tokens))
@@ -332,7 +390,7 @@ class Trainer:
             for _, group in itertools.groupby(self._variants(routes, lower), lambda variant: d.first_layer(variant.masks)):
                 while lot := list(itertools.islice(group, max(1, self.tokens_per_pass // some.tokens.numel()))):
                     with self._autocast():
-                        masked = d.run_many(some, [variant.masks for variant in lot], self.config.output_positions)
+                        masked = d.run_many(some, [variant.masks for variant in lot], positions, delta)
                     divergence = kl_from(original, masked).flatten(1).mean(1) * (len(some.tokens) / batch)
                     (divergence * divergence.new_tensor([weights[v.loss] * v.share for v in lot])).sum().backward()
                     for variant, value in zip(lot, divergence.detach()):
@@ -343,11 +401,13 @@ class Trainer:
                     z[name].grad[rows] += here[name].grad  # pyright: ignore
         return losses
 
-    def _variants(self, routes: Mapping[str, Sequence[Sequence[str]]], lower: Mapping[str, Tensor]) -> "Iterator[_Variant]":
+    def _variants(
+        self, routes: Mapping[str, tuple[Reconstruction, Sequence[Sequence[str]]]], lower: Mapping[str, Tensor]
+    ) -> "Iterator[_Variant]":
         """Masks are drawn as they are asked for."""
-        for name, routed in routes.items():
+        for name, (loss, routed) in routes.items():
             for chosen in routed:
-                drawn = LOSSES[name].sampler({site: lower[site] for site in chosen}, self.draw)  # pyright: ignore
+                drawn = loss.sampler({site: lower[site] for site in chosen}, self.draw)
                 yield _Variant(name, 1 / len(routed), drawn)
 
     def _autocast(self) -> torch.autocast:
@@ -434,10 +494,20 @@ class Trainer:
         return losses
 
 
-def fit(trainer: Trainer, data: Batches, progress: bool, checkpoint: Path | None, checkpoint_every: int, callbacks: list[Callback]) -> None:
+def fit(
+    trainer: Trainer,
+    data: Batches,
+    background: Batches | None,
+    progress: bool,
+    checkpoint: Path | None,
+    checkpoint_every: int,
+    callbacks: list[Callback],
+) -> None:
     """Step until the config's number of steps is reached."""
     d, config = trainer.decomposition, trainer.config
-    data.skip(d.steps_done)
+    streams = [data] if background is None else [data, background]
+    for stream in streams:
+        stream.skip(d.steps_done)
     line = max(1, config.steps // 100)
     retire_at = {round(at * config.steps) for at in config.retire_at}
     bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
@@ -452,7 +522,7 @@ def fit(trainer: Trainer, data: Batches, progress: bool, checkpoint: Path | None
                 if d.steps_done in retire_at:
                     trainer.retire(data.sample)
                 whole = False
-                result = trainer.step(trainer.ranks.share(data.take(d.steps_done, trainer.shared)))
+                result = trainer.step(*(trainer.ranks.share(stream.take(d.steps_done, trainer.shared)) for stream in streams))
                 whole = True
                 if result.step % line == 0 or result.step == config.steps:
                     d.history.append(result.figures())

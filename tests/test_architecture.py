@@ -9,7 +9,7 @@ import spd_lens
 
 PACKAGE = Path(spd_lens.__file__).parent
 ORDER = ["errors", "schema", "guards", "config", "sites", "visits", "ranks", "components", "importance", "masks", "suffix", "decomposition", "curvature",
-         "losses", "retirement", "metrics", "diagnostics", "storage", "batches", "training", "tasks", "tasks.induction", "tasks.study", "bench.measure", "bench.models", "bench.step", "bench.forward", "bench.growth", "bench", "bench.__main__",
+         "losses", "retirement", "metrics", "diagnostics", "storage", "batches", "training", "tasks", "tasks.induction", "tasks.study", "tasks.language", "tasks.questions", "tasks.athletes", "bench.measure", "bench.models", "bench.step", "bench.forward", "bench.growth", "bench", "bench.__main__",
          "viz", "report", "cli_bench", "cli", "__main__"]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_only_viz_and_report_import_plotting_and_only_sites_knows_the_model_clas
         found = set(imports(path))
         if name not in ("viz", "report"):
             assert not any(i.split(".")[0] in ("plotly", "circuitsvis", "matplotlib") for i in found), name
-        if name not in ("sites", "tasks.induction", "bench.models"):  # the last two build models
+        if name not in ("sites", "tasks.induction", "tasks.language", "bench.models"):  # all but the first build models
             assert not any(i.endswith(("HookedTransformer", "TransformerBridge")) for i in found), name
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from spd_lens import SPDError
-from spd_lens.components import Components, check_weight, initialise, masked_output, weighted_svd
+from spd_lens.components import Components, Target, check_weight, initialise, masked_output, targeted, varimax, weighted_svd
 from spd_lens.sites import Passage, Site
 
 
@@ -54,6 +54,36 @@ def test_a_metric_that_knows_nothing_of_a_direction_stays_exact():
     for factors in ((A, G), (torch.zeros_like(A), torch.zeros_like(G))):
         V, U = weighted_svd(s.weight, factors)
         assert torch.allclose(V @ U, s.weight.double(), atol=1e-9) and torch.isfinite(V).all() and torch.isfinite(U).all()
+
+
+def test_a_targeted_start_does_what_the_matrix_does_on_the_prompts_and_little_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    s = site(20, 12)
+    prompts, elsewhere = (
+        torch.randn(3, 20, generator=generator),
+        torch.randn(400, 12, generator=generator) @ torch.randn(12, 20, generator=generator),
+    )
+    target = Target(prompts, torch.ones(3), torch.eye(12), elsewhere.T @ elsewhere / 400)
+    c = targeted(s, 8, target, generator).requires_grad_(False)
+    assert (c.V.shape, c.U.shape) == ((20, 8), (8, 12)) and torch.allclose(c.V.norm(dim=0)[:3], c.U.norm(dim=1)[:3], rtol=1e-4)
+
+    def share(x, V=c.V[:, :3], U=c.U[:3]):
+        return float((x @ V @ U).norm() / (x @ s.weight).norm())
+
+    assert float((prompts @ c.V[:, :3] @ c.U[:3] - prompts @ s.weight).norm() / (prompts @ s.weight).norm()) < 0.01
+    V, U = weighted_svd(s.weight, ((prompts.T @ prompts).double(), torch.eye(12).double()))  # which knows nothing of the rest
+    assert share(elsewhere) < 0.1 < share(elsewhere, V[:, :3].float(), U[:3].float())
+    inner = (prompts @ c.V[:, :3]).abs()
+    assert (inner.max(0).values > 3 * (inner.sum(0) - inner.max(0).values)).all()  # each is read at one of the three
+
+
+def test_varimax_finds_the_simple_structure_again():
+    generator = torch.Generator().manual_seed(0)
+    simple = torch.eye(4, dtype=torch.float64).repeat(5, 1) * torch.rand(20, 1, generator=generator, dtype=torch.float64)
+    turned = simple @ torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
+    rotation = varimax(turned)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(4, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose((turned @ rotation).abs().sort(1).values[:, :3], torch.zeros(20, 3, dtype=torch.float64), atol=1e-4)
 
 
 def test_closing_makes_the_product_exact_or_does_nothing():

@@ -6,7 +6,7 @@ import torch
 from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks, training
 from spd_lens.guards import frozen
 from spd_lens.importance import lower_leaky
-from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_divergence
+from spd_lens.losses import LOSSES, OnBackground, Pass, Reconstruction, kl_divergence, of_stream
 from spd_lens.sites import find_sites
 from spd_lens.training import Trainer, initialised
 from tests import zoo
@@ -101,6 +101,69 @@ def test_a_step_is_the_sum_of_its_parts(model, at_once, positions):
         assert torch.allclose(naive, quick, rtol=1e-3, atol=1e-5 * max(1.0, float(naive.abs().max())))
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_the_background_is_a_stream_of_its_own_with_the_delta_on(model, at_once):
+    """The gradient of a targeted step against its losses written down plainly."""
+    tokens, other = zoo.tokens(2, 7), zoo.tokens(4, 11, seed=3)
+    config = SPDConfig.targeted(subcomponents=8, batch_size=4, gate_width=4, tokens_per_pass=at_once * 11,
+                                weights={"stochastic": 1.0, "price": 0.01, "background": 2.0, "background_price": 0.03})  # fmt: skip
+    with frozen(model):
+        d = initialised(model, find_sites(model, "*"), tokens, config, background=other)
+        trainer = Trainer(d)
+        start = trainer.draw.generator.get_state()
+        before = [p.detach().clone() for p in d.parameters()]
+        result = trainer.step(tokens, other)
+        fast = [p.grad.clone() for p in d.parameters()]
+        with torch.no_grad():
+            for p, value in zip(d.parameters(), before):
+                p.copy_(value)
+        trainer.draw.generator.set_state(start)
+        draw = masks.Draw(trainer.draw.generator, {}, config.masks)
+        losses = {}
+        for behind, text, positions, delta in ((False, tokens, slice(-1, None), 0.0), (True, other, slice(None), 1.0)):
+            clean = d.trace(text)
+            _, z = d.importance_logits({n: x.detach() for n, x in clean.inputs.items()})
+            lower = {n: lower_leaky(v) for n, v in z.items()}
+            seen = Pass(d.sites, d.components, z, 1.0, config, positions="all" if behind else "last")
+            for name, loss in of_stream(config.weights, behind).items():
+                if not isinstance(loss, Reconstruction):
+                    losses[name] = loss(seen)
+                    continue
+                lots = torch.arange(len(text)).split(max(1, at_once * 11 // text.shape[1]))
+                kl = [
+                    kl_divergence(clean.logits[rows], d.run(text[rows], masks.mixed({n: g[rows] for n, g in lower.items()}, draw), delta))
+                    for rows in lots
+                ]
+                losses[name] = torch.cat(kl)[:, positions].mean()
+        for name, value in losses.items():
+            assert torch.allclose(value.detach(), result.losses[name], rtol=1e-4, atol=1e-6), name
+        plain = torch.autograd.grad(sum(config.weights[name].at(0) * value for name, value in losses.items()), d.parameters())
+    for naive, quick in zip(plain, fast):
+        assert torch.allclose(naive, quick, rtol=1e-3, atol=1e-5 * max(1.0, float(naive.abs().max())))
+
+
+def test_a_price_on_the_background_makes_it_quiet_there(model):
+    tokens, other = zoo.tokens(2, 7), zoo.tokens(64, 11, seed=3)
+    config = SPDConfig.targeted(subcomponents=12, steps=60, batch_size=4, gate_width=4, sites="blocks.*.mlp.W_*")
+
+    def active(price, background):
+        d = decompose(
+            model, tokens, config.replace(weights={**config.weights, "background_price": price}), background=background, progress=False
+        )
+        assert d.steps_done == 60
+        return sum(float((g > 0.5).sum(-1).float().mean()) for g in d.importances(zoo.tokens(16, 11, seed=9)).values())
+
+    assert active(0.3, [other[i % 60 : i % 60 + 4] for i in range(60)]) < 0.5 * active(0.0, other)
+
+
+def test_a_background_and_a_config_that_wants_one_go_together(model):
+    with pytest.raises(SPDError, match="no background was given"):
+        decompose(model, zoo.tokens(2), SPDConfig.targeted(), progress=False)
+    with pytest.raises(SPDError, match=r"SPDConfig\.targeted"):
+        decompose(model, zoo.tokens(2), SPDConfig(), background=zoo.tokens(4), progress=False)
+    assert [isinstance(loss, OnBackground) for name, loss in LOSSES.items() if name.startswith("background")] == [True, True]
+
+
 def test_the_adversary_climbs(model):
     config = SPDConfig(steps=3, subcomponents=33, batch_size=4, weights={"adversarial": 1.0})
     d = decompose(model, zoo.tokens(8), SPDConfig(steps=0, subcomponents=33), progress=False)
@@ -117,13 +180,17 @@ def test_the_adversary_climbs(model):
 
 
 @pytest.mark.parametrize("iterable", [False, True])
-def test_resuming_gives_the_same_bits(model, tmp_path, iterable):
-    config = SPDConfig(**WHOLE)
+@pytest.mark.parametrize("background", [False, True])
+def test_resuming_gives_the_same_bits(model, tmp_path, iterable, background):
+    config = SPDConfig.targeted(**WHOLE) if background else SPDConfig(**WHOLE)
 
     def data():
         return (zoo.tokens(4, seed=s) for s in range(20)) if iterable else zoo.tokens(16)
 
-    whole = decompose(model, data(), config, progress=False)
+    def other():
+        return None if not background else (zoo.tokens(4, seed=s) for s in range(20)) if iterable else zoo.tokens(30, seed=1)
+
+    whole = decompose(model, data(), config, background=other(), progress=False)
 
     class Enough(Exception):
         pass
@@ -134,8 +201,8 @@ def test_resuming_gives_the_same_bits(model, tmp_path, iterable):
 
     path = tmp_path / "checkpoint.safetensors"
     with pytest.raises(Enough):
-        decompose(model, data(), config, progress=False, checkpoint=path, checkpoint_every=3, callbacks=[stop])
-    resumed = decompose(model, data(), config, progress=False, checkpoint=path, checkpoint_every=3, resume=True)
+        decompose(model, data(), config, background=other(), progress=False, checkpoint=path, checkpoint_every=3, callbacks=[stop])
+    resumed = decompose(model, data(), config, background=other(), progress=False, checkpoint=path, checkpoint_every=3, resume=True)
     assert same(weights_of(whole), weights_of(resumed)) and resumed.history == whole.history
 
 
@@ -305,10 +372,10 @@ def test_a_step_that_runs_out_of_memory_takes_smaller_passes(model, error, monke
     small = weights_of(decompose(model, zoo.tokens(8), config, progress=False))
     run_many = Decomposition.run_many
 
-    def with_little_memory(self, clean, variants, positions="all"):
+    def with_little_memory(self, clean, variants, *options):
         if len(variants) * clean.tokens.numel() > config.tokens_per_pass:
             raise error
-        return run_many(self, clean, variants, positions)
+        return run_many(self, clean, variants, *options)
 
     monkeypatch.setattr(Decomposition, "run_many", with_little_memory)
     with pytest.warns(UserWarning, match=r"step 1: out of memory with 44 tokens per pass; going on with 22"):
