@@ -8,6 +8,7 @@ from spd_lens.decomposition import Decomposition, Observation
 from spd_lens.diagnostics import Diagnosis, diagnose
 from spd_lens.errors import SPDError
 from spd_lens.metrics import Census, Verification, census, verify
+from spd_lens.patching import ablation_effects, activation_patching, attribution, attribution_patching
 from spd_lens.sites import Site, find_sites
 from spd_lens.training import StepResult, decompose
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Census", "Decomposition", "Diagnosis", "Observation", "SPDConfig", "SPDError", "Schedule", "Site", "StepResult", "Verification",
-           "census", "decompose", "diagnose", "find_sites", "verify", "viz"]  # fmt: skip
+           "ablation_effects", "activation_patching", "attribution", "attribution_patching", "census", "decompose", "diagnose", "find_sites", "verify", "viz"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

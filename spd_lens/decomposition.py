@@ -214,30 +214,91 @@ class Decomposition:
                     entries[f"{name}.{suffix}"] = (value[0] if drop else value).detach()
         return logits, cache
 
-    def ablate(self, chosen: Mapping[str, Sequence[int]], positions: Sequence[int] | None = None) -> list[Hook]:
-        """Hooks that take exactly these subcomponents out of the *original* model: `y - Σ_c (x·v_c)·u_c`.
+    # --- changing the original weights ---
+
+    def ablate(self, chosen: Any, positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
+        """Hooks that take exactly these subcomponents out of the *original* model: `y - strength·Σ_c (x·v_c)·u_c`.
+
+        They are `(hook name, function)` pairs for `model.run_with_hooks(tokens, fwd_hooks=…)` and `model.hooks(fwd_hooks=…)`, go together with
+        any other hooks, and work under `generate` with its key/value cache.
 
         Args:
-            chosen: site → indices of its subcomponents.
-            positions: of the sequence; None: everywhere.
+            chosen: site → indices of its subcomponents: one, a sequence, or an integer tensor. `{}` gives no hooks.
+            positions: where in the sequence; None: everywhere. A sequence of integers; a slice; or a tensor of bool or float which broadcasts
+                to `[b, s]`. They count from the beginning of the whole sequence, also where a cache holds the beginning; negative ones count
+                from the end of what the pass has seen. Of positions still to be generated, `slice(a, None)` alone speaks.
+            examples: rows of the batch; None: all.
+            strength: 1 takes them out, 0 leaves them, -1 doubles them.
+
+        Raises:
+            SPDError: an unknown site, subcomponent, position or example; in the pass itself where it is known only there.
         """
-        self.check_chosen(chosen)
+        from spd_lens.interventions import ablate
 
-        def without(name: str) -> Rewrite:
-            components, index = self.components[name], torch.tensor(list(chosen[name]), dtype=torch.long)
+        return ablate(self, chosen, positions, examples, strength)
 
-            def rewrite(passage: Passage) -> Tensor:
-                inner = passage.source @ components.V[:, index]
-                if positions is not None:
-                    here = torch.zeros(inner.shape[-2], 1, dtype=inner.dtype, device=inner.device)
-                    here[list(positions)] = 1
-                    inner = inner * here
-                assert passage.y is not None
-                return passage.y - inner @ components.U[index]
+    def keep(self, chosen: Any, positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
+        """The opposite of `ablate`, with the same arguments: of the named sites' subcomponents these alone stay. `W - V·U` stays too, and so
+        do sites that are not named; `{site: []}` takes out all of a site's."""
+        from spd_lens.interventions import keep
 
-            return rewrite
+        return keep(self, chosen, positions, examples, strength)
 
-        return rewrite_hooks(self.model, self.sites, {name: without(name) for name in chosen})
+    def project_out(self, chosen: Any, side: Any = "input", positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
+        """Hooks for orthogonal projection (arXiv 2511.08854, section 3): `x ← x - (x·v̂)v̂`; of several, of all that they span.
+
+        Args:
+            chosen, positions, examples, strength: as in `ablate`.
+            side: `input`: what this matrix reads, of the `v_c` (other readers of the same x see it whole). `output`: what it writes, of the
+                `u_c`: the bias is projected too, except where the hook comes before it is added (`use_attn_result`, and W_in of a gated
+                MLP in a HookedTransformer).
+
+        Raises:
+            SPDError: as in `ablate`, or a side of another name.
+        """
+        from spd_lens.interventions import project_out
+
+        return project_out(self, chosen, side, positions, examples, strength)
+
+    def rewire(self, swap_outputs: Any = (), set_output: Any = None) -> list[Hook]:
+        """Hooks that give subcomponents of the original model other output directions (arXiv 2607.13047).
+
+        Args:
+            swap_outputs: pairs `((site, index), (site, index))` which exchange theirs.
+            set_output: `{(site, index): new}`: a vector `[d_out]`, taken as it is; or a token's id or text, on W_O and W_out: the direction
+                of its column in W_U, with the norm of what it replaces.
+
+        Raises:
+            SPDError: an unknown subcomponent or one named twice, different widths, a vector of another shape or not finite, a token where
+                none can be written, a text of several tokens.
+        """
+        from spd_lens.interventions import rewire
+
+        return rewire(self, swap_outputs, set_output)
+
+    def edited_model(
+        self,
+        remove: Any = None,
+        swap_outputs: Any = (),
+        set_output: Any = None,
+    ) -> Any:
+        """An independent model of the same class with the change in its weights: what `ablate` and `rewire` do, without hooks.
+
+        It has none of the hooks that are on this model's hook points, and is saved and loaded like any other
+        (`state_dict`, `load_state_dict`). Of a TransformerBridge the wrapped Hugging Face model is changed too where the bridge computes with
+        its weights (`docs/interventions.md`).
+
+        Args:
+            remove: site → indices of subcomponents to take out.
+            swap_outputs, set_output: as in `rewire`.
+
+        Raises:
+            SPDError: as in `ablate` and `rewire`; tied or quantised weights, or a matrix of another shape than was decomposed. This model is
+                never changed.
+        """
+        from spd_lens.interventions import edited_model
+
+        return edited_model(self, remove, swap_outputs, set_output)
 
     # --- keeping ---
 

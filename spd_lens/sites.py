@@ -8,7 +8,7 @@ A site's input is not at a hook in every case (HookedTransformer adds LayerNorm'
 inside the block). There it is taken from the arguments of the attention or MLP module.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -84,12 +84,14 @@ class Passage:
             the rewrite said that it does without (`replacing`).
         bias: what a replacement of `y` has to add; None where the model adds the bias later or has none.
         by_head: `[head, b, s, d_in]` where each head reads (`use_split_qkv_input`) or writes (`use_attn_result`) alone.
+        start: where in the whole sequence `x` begins: not 0 where a key/value cache holds what came before. Known where it was asked for.
     """
 
     x: Float[Tensor, "b s d_in"]
     y: Tensor | None
     bias: Float[Tensor, " d_out"] | None
     by_head: Float[Tensor, "head b s d_in"] | None = None
+    start: int = 0
 
     @property
     def source(self) -> Tensor:
@@ -238,12 +240,24 @@ class _HookedTransformerLayout:
         return None
 
     def site(self, name: str) -> Site:
+        module, own = self._parameter(name)
+        return _flattened(name, self.stored(name), getattr(module, own.replace("W_", "b_"), None))
+
+    def stored(self, name: str) -> Tensor:
+        """The matrix where the model has it, heads apart where it has them so: what is written here, the model computes with."""
+        module, own = self._parameter(name)
+        return getattr(module, own).detach()
+
+    def _parameter(self, name: str) -> tuple[nn.Module, str]:
         _, layer, part, kind = name.split(".")
         module = getattr(self.model.blocks[int(layer)], part)
-        own = f"_{kind}" if f"_{kind}" in module._parameters else kind  # grouped keys and values: the unexpanded parameter
-        weight = getattr(module, own).detach()
-        bias = getattr(module, own.replace("W_", "b_"), None)
-        return _flattened(name, weight, bias)
+        return module, f"_{kind}" if f"_{kind}" in module._parameters else kind  # grouped keys and values: the unexpanded parameter
+
+    @staticmethod
+    def seen(arguments: Mapping[str, Any], layer: int) -> int:
+        """How many positions attention's key/value cache holds already, from the keyword arguments of its call."""
+        entry = arguments.get("past_kv_cache_entry")
+        return 0 if entry is None else entry.past_keys.shape[1]
 
     def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
@@ -314,7 +328,19 @@ class _BridgeLayout:
     def site(self, name: str) -> Site:
         _, layer, part, kind = name.split(".")
         module = getattr(self.model.blocks[int(layer)], part)
-        return _flattened(name, getattr(module, kind).detach(), getattr(module, kind.replace("W_", "b_"), None))
+        return _flattened(name, self.stored(name), getattr(module, kind.replace("W_", "b_"), None))
+
+    def stored(self, name: str) -> Tensor:
+        """A view of the parameter that the bridge computes with: of a part of GPT-2's fused `c_attn`, say."""
+        _, layer, part, kind = name.split(".")
+        return getattr(getattr(self.model.blocks[int(layer)], part), kind).detach()
+
+    @staticmethod
+    def seen(arguments: Mapping[str, Any], layer: int) -> int:
+        """How many positions the key/value cache holds already; the older architectures still call it `layer_past`."""
+        cache = arguments.get("past_key_values")
+        cache = arguments.get("layer_past") if cache is None else cache
+        return 0 if cache is None else int(cache.get_seq_length(layer))
 
     def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
@@ -360,6 +386,13 @@ def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:
     if weight.ndim == 3:
         weight = rearrange(weight, "h dh d -> (h dh) d" if name.endswith("W_O") else "h d dh -> d (h dh)")
     return Site(name, weight, None if bias is None else bias.detach().flatten(), heads)
+
+
+def unflattened(name: str, weight: Float[Tensor, "d_in d_out"], like: Tensor) -> Tensor:
+    """`weight` with heads apart where the model's own tensor has them so: what `Site.weight` undoes."""
+    if like.ndim == 2:
+        return weight
+    return rearrange(weight, "(h dh) d -> h dh d" if name.endswith("W_O") else "d (h dh) -> h d dh", h=like.shape[0])
 
 
 def model_device(model: Any) -> torch.device:

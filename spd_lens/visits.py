@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ from spd_lens.errors import SPDError
 from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, layout_of
 
 
-def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> list[Hook]:
+def rewrite_hooks(
+    model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite], replacing: Collection[str] = (), counting: bool = False
+) -> list[Hook]:
     """`(hook name, function)` pairs for `fwd_hooks=` and `model.hooks(...)` which apply each site's rewrite.
 
     Args:
@@ -31,13 +33,22 @@ def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, 
         rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
             leave the output as it is.
         replacing: sites whose rewrite always returns an output and never looks at `Passage.y`.
+        counting: whether `Passage.start` is wanted.
+
+    Raises:
+        SPDError: `counting` in a block without attention, which alone is told what the key/value cache holds.
     """
     layout = layout_of(model)
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
     for name, rewrite in rewrites.items():
         wire = layout.wire(sites[name])
-        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, name in replacing and wire.idle is not None))
+        visit = _Visit(wire, rewrite, name in replacing and wire.idle is not None)
+        if counting:
+            visit.attention, visit.seen = getattr(model.blocks[wire.site.layer], "attn", None), layout.seen
+            if visit.attention is None:
+                raise SPDError(f"{name}: its block has no attention, so positions cannot be told there; leave positions out.")
+        blocks.setdefault(wire.entry, []).append(visit)
     hook_points = model.hook_dict
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
@@ -58,6 +69,9 @@ class _Visit:
     skips: bool = False
     read: Tensor | None = None
     wake: Callable[[], None] | None = None
+    attention: nn.Module | None = None  # is told in its call how many positions came before; None where nobody asks
+    seen: Callable[[Mapping[str, Any], int], int] | None = None
+    start: int | None = None
 
     @property
     def hook_names(self) -> list[str]:
@@ -65,7 +79,11 @@ class _Visit:
 
     def disarm(self) -> None:
         self.end_skip()
-        self.read = None
+        self.read = self.start = None
+
+    @property
+    def watched(self) -> list[nn.Module]:
+        return [module for module in (self.wire.within, self.attention) if module is not None]
 
     def capture(self, tensor: Tensor) -> None:
         self.read = tensor
@@ -79,6 +97,10 @@ class _Visit:
 
     def write(self, output: Tensor) -> Tensor | None:
         passage = self.passage(output)
+        if self.attention is not None:
+            if self.start is None:
+                raise SPDError(f"{self.wire.site.name}: this block does not call its attention first, so positions cannot be told.")
+            passage = replace(passage, start=self.start)
         self.disarm()
         new = self.rewrite(passage)
         return None if new is None else self.back(passage, new, output)
@@ -162,6 +184,10 @@ class _Watch:
         self.end()
         try:
             for visit in filter(self.attached, self.visits):
+                if visit.attention is self.module and visit.seen is not None:
+                    visit.start = visit.seen(kwargs, visit.wire.site.layer)
+                if visit.wire.within is not self.module:
+                    continue
                 match visit.wire.read:
                     case int(position):
                         visit.capture(args[position])
@@ -182,8 +208,8 @@ class _Arrive:
 
     def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
         self.visits, self.points = visits, points
-        modules = {visit.wire.within: None for visit in visits if visit.wire.within is not None}
-        self.watches = [_Watch(module, [visit for visit in visits if visit.wire.within is module], points) for module in modules]
+        modules = {module: None for visit in visits for module in visit.watched}
+        self.watches = [_Watch(module, [visit for visit in visits if module in visit.watched], points) for module in modules]
 
     def disarm(self) -> None:
         for visit in self.visits:
@@ -198,6 +224,7 @@ class _Arrive:
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
             own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
+            own.sort(key=lambda entry: not (isinstance(entry[1], _Override) and entry[1].visit.skips))  # what they leave out, others need
             for key, function in reversed(own):
                 if isinstance(function, _Override) and key in order:
                     order.move_to_end(key, last=False)
@@ -211,3 +238,10 @@ def disarm(hooks: Iterable[Hook]) -> None:
     for _, function in hooks:
         if isinstance(function, _Arrive):
             function.disarm()
+
+
+def unwatch(model: nn.Module) -> None:
+    """Take back every watch of a model, whosever: of a copy, which nobody waits for."""
+    for module in model.modules():
+        while isinstance(watch := module.__dict__.get("forward"), _Watch):
+            watch.end()

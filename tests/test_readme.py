@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import spd_lens
 from tests import zoo
@@ -73,3 +74,16 @@ def test_the_diagnosis_as_the_docs_show_it():
     scope = {}
     exec(compile(code, "docs/induction.md", "exec"), scope)
     assert "match" in repr(scope["found"]) and len(scope["figure"].data) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank")
+def test_the_interventions_as_the_docs_show_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokens = zoo.native(), zoo.tokens()
+    decomposition = spd_lens.decompose(model, tokens, spd_lens.SPDConfig(steps=0, subcomponents=12), progress=False)
+    scope = {"model": model, "decomposition": decomposition, "tokens": tokens, "clean": tokens, "corrupted": zoo.tokens(seed=1)}
+    scope |= {"fresh": zoo.native(), "golf": 3, "basketball": 4}
+    for code in blocks("docs/interventions.md"):
+        exec(compile(code, "docs/interventions.md", "exec"), scope)
+    assert torch.allclose(scope["fresh"](tokens), scope["edited"](tokens))
+    assert len(scope["exact"]) == 20

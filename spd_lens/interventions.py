@@ -1,0 +1,301 @@
+"""Cut, project out, rewire: what is done to the *original* weights by what a decomposition found.
+
+1. Ablating, keeping and rewiring are one low-rank `Change` of a site's weight each, `W + V·U`: taking subcomponents out adds `-v_c ⊗ u_c`,
+   another output direction adds `v_c ⊗ (u' - u_c)` (arXiv 2607.13047 swaps two). Projecting out on the reading side is `-q ⊗ qᵀW`.
+2. As hooks a change adds `(x·V)·U` to what the site writes, `Where` it is wanted: positions, examples, strength.
+3. As an edit it is added to the weight of a copy of the model (`spd_lens.weights`). The two agree because they are one object.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spd_lens.errors import SPDError, nearest
+from spd_lens.sites import Hook, Passage, Rewrite, layout_of, model_device
+from spd_lens.visits import rewrite_hooks
+from spd_lens.weights import check_writable, rewritten
+
+if TYPE_CHECKING:
+    from spd_lens.decomposition import Decomposition
+
+SIDES = ("input", "output")
+DEPENDENT = 1e-5  # a direction of which less than this lies outside the others' span adds nothing to it
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """`W + V·U`, with V `[d_in, k]` and U `[k, d_out]`."""
+
+    V: Float[Tensor, "d_in k"]
+    U: Float[Tensor, "k d_out"]
+
+    def added(self, x: Tensor) -> Tensor:
+        """What it adds to the site's output for the input `x`."""
+        return (x @ self.V.to(x.dtype)) @ self.U.to(x.dtype)
+
+    def weight(self, weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_in d_out"]:
+        return (weight.double() + self.V.double() @ self.U.double()).to(weight.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Where:
+    """At which positions of which examples an intervention acts, and how strongly; `where` checks what a person gives."""
+
+    positions: list[int] | slice | Float[Tensor, "rows columns"] | None
+    examples: list[int] | None
+    strength: float
+
+    def weights(self, passage: Passage) -> Tensor | float:
+        """How much of it: a number, or `[b or 1, s, 1]`."""
+        if self.positions is None and self.examples is None:
+            return self.strength
+        b, s = passage.x.shape[:2]
+        here = passage.x.new_ones(1, s) if self.positions is None else self._along(passage, b, s)
+        if self.examples is not None:
+            beyond = [i for i in self.examples if not -b <= i < b]
+            if beyond:
+                raise SPDError(f"examples {beyond[:5]} were chosen and the batch has 0 … {b - 1}.")
+            rows = here.new_zeros(b)
+            rows[self.examples] = 1
+            here = here * rows[:, None]
+        return self.strength * here[..., None]
+
+    def _along(self, passage: Passage, b: int, s: int) -> Tensor:
+        """Positions count from the beginning of the whole sequence, of which this pass sees the end."""
+        length = passage.start + s
+        match self.positions:
+            case slice() as positions:
+                row = passage.x.new_zeros(1, length)
+                row[:, positions] = 1
+            case list() as positions:
+                beyond = [p for p in positions if not -length <= p < length]
+                if beyond:
+                    raise SPDError(f"positions {beyond[:5]} were chosen and the sequence has 0 … {length - 1}; "
+                                   "slice(a, None) means every position from a on, those that are generated later included.")  # fmt: skip
+                row = passage.x.new_zeros(1, length)
+                row[:, positions] = 1
+            case Tensor() as given:
+                rows, columns = given.shape
+                if rows not in (1, b) or (columns not in (1, length) and not (passage.start and columns < length)):
+                    raise SPDError(f"positions has shape {list(given.shape)}; it has to broadcast to [b, s] = [{b}, {length}].")
+                if columns == 1:
+                    return given.to(passage.x)
+                row = passage.x.new_zeros(rows, length)
+                row[:, :columns] = given.to(row)
+        return row[:, passage.start :]
+
+
+def where(model: Any, positions: Any, examples: Any, strength: Any) -> Where:
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not isfinite(strength):
+        raise SPDError(f"strength {strength!r} was given; it is a finite number, 1 for the whole effect.")
+    if isinstance(positions, Tensor) and (positions.dtype == torch.bool or positions.is_floating_point()):
+        if positions.ndim > 2 or not torch.isfinite(positions.float()).all():
+            raise SPDError(f"positions of shape {list(positions.shape)} were given; a mask is finite and broadcasts to [b, s].")
+        positions = positions.detach().reshape(-1, positions.shape[-1] if positions.ndim else 1).float()
+    elif positions is not None and not isinstance(positions, slice):
+        positions, context = _integers(positions, "positions"), model.cfg.n_ctx
+        for p in positions:
+            if not -context <= p < context:
+                raise SPDError(f"position {p} was chosen and the model's n_ctx is {context}: 0 … {context - 1}, or negative from the end.")
+    return Where(positions, None if examples is None else _integers(examples, "examples"), float(strength))
+
+
+def ablate(d: "Decomposition", chosen: Any, positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
+    """See `Decomposition.ablate`."""
+    here = where(d.model, positions, examples, strength)
+    return _hooks(d, _rewired(d, chosen, (), {}), here)
+
+
+def keep(d: "Decomposition", chosen: Any, positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
+    """See `Decomposition.keep`."""
+    others = {name: sorted(set(range(d.components[name].C)) - set(kept)) for name, kept in choice(d, chosen).items()}
+    return ablate(d, others, positions, examples, strength)
+
+
+def project_out(
+    d: "Decomposition", chosen: Any, side: Any = "input", positions: Any = None, examples: Any = None, strength: Any = 1.0
+) -> list[Hook]:
+    """See `Decomposition.project_out`."""
+    if side not in SIDES:
+        raise SPDError(f"side {side!r} was given; {nearest(str(side), SIDES)}: what the matrix reads, or what it writes.")
+    here = where(d.model, positions, examples, strength)
+    rewrites: dict[str, Rewrite] = {}
+    changes: dict[str, Change] = {}
+    for name, index in choice(d, chosen).items():
+        components = d.components[name]
+        Q = span(components.V[:, index] if side == "input" else components.U[index].T)
+        if side == "input":
+            changes[name] = Change(Q, -Q.T @ d.sites[name].weight.to(Q))
+        else:
+            rewrites[name] = _without(Q, here)
+    return _hooks(d, changes, here) + _attachable(d, rewrites, here)
+
+
+def rewire(d: "Decomposition", swap_outputs: Any = (), set_output: Any = None) -> list[Hook]:
+    """See `Decomposition.rewire`."""
+    return _hooks(d, _rewired(d, {}, swap_outputs, set_output or {}), Where(None, None, 1.0))
+
+
+def edited_model(
+    d: "Decomposition",
+    remove: Any = None,
+    swap_outputs: Any = (),
+    set_output: Any = None,
+) -> Any:
+    """See `Decomposition.edited_model`."""
+    changes, layout = _rewired(d, remove or {}, swap_outputs, set_output or {}), layout_of(d.model)
+    for name, change in changes.items():
+        check_writable(d.model, name, [change.V.shape[0], change.U.shape[1]])
+    return rewritten(d.model, {name: change.weight(layout.site(name).weight) for name, change in changes.items()})
+
+
+def choice(d: "Decomposition", chosen: Any) -> dict[str, list[int]]:
+    """Site → indices of its subcomponents, each once; refuses what is not there."""
+    if not isinstance(chosen, Mapping):
+        raise SPDError(
+            f"subcomponents were chosen by a {type(chosen).__name__}; give {{site: indices}}, e.g. {{'{next(iter(d.sites))}': [3, 7]}}."
+        )
+    found = {name: list(dict.fromkeys(_integers(indices, name))) for name, indices in chosen.items()}
+    d.check_chosen(found)
+    there = model_device(d.model)
+    for name in found:
+        if (here := d.components[name].V.device) != there:
+            raise SPDError(f"{name}: the model is on {there} and the decomposition is on {here}; load it again with "
+                           "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def span(directions: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
+    """An orthonormal basis of what the columns span, in double; zero and dependent columns add nothing to it."""
+    columns = directions.detach().double()
+    columns = columns[:, columns.norm(dim=0) > 0]
+    left, singular, _ = torch.linalg.svd(columns / columns.norm(dim=0), full_matrices=False)
+    return left[:, singular > DEPENDENT]
+
+
+def _rewired(d: "Decomposition", remove: Any, swap_outputs: Any, set_output: Any) -> dict[str, Change]:
+    """Every named subcomponent with its new output direction, as one change a site."""
+    new: dict[str, dict[int, Tensor]] = {}
+
+    def put(at: tuple[str, int], u: Tensor) -> None:
+        name, index = at
+        if index in new.setdefault(name, {}):
+            raise SPDError(f"{name}: subcomponent {index} is named twice; one of remove, swap_outputs and set_output can have it.")
+        new[name][index] = u
+
+    for name, indices in choice(d, remove).items():
+        for index in indices:
+            put((name, index), d.components[name].U.new_zeros(d.sites[name].d_out))
+    for pair in swap_outputs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise SPDError(f"swap_outputs holds {pair!r}; give pairs ((site, index), (site, index)).")
+        a, b = (_one(d, at) for at in pair)
+        if d.sites[a[0]].d_out != d.sites[b[0]].d_out:
+            raise SPDError(
+                f"{a[0]} writes {d.sites[a[0]].d_out} wide and {b[0]} {d.sites[b[0]].d_out}; outputs are swapped between equal widths."
+            )
+        put(a, d.components[b[0]].U[b[1]])
+        put(b, d.components[a[0]].U[a[1]])
+    if not isinstance(set_output, Mapping):
+        raise SPDError(f"set_output is a {type(set_output).__name__}; give {{(site, index): vector or token}}.")
+    for key, value in set_output.items():
+        at = _one(d, key)
+        put(at, _direction(d, at, value))
+    changes = {}
+    for name, outputs in new.items():
+        components, index = d.components[name], list(outputs)
+        changes[name] = Change(components.V[:, index].detach(), (torch.stack(list(outputs.values())) - components.U[index]).detach())
+    return changes
+
+
+def _hooks(d: "Decomposition", changes: Mapping[str, Change], here: Where) -> list[Hook]:
+    def added(change: Change) -> Rewrite:
+        def rewrite(passage: Passage) -> Tensor:
+            assert passage.y is not None
+            return passage.y + here.weights(passage) * change.added(passage.source)
+
+        return rewrite
+
+    return _attachable(d, {name: added(change) for name, change in changes.items()}, here)
+
+
+def _without(Q: Float[Tensor, "d_out r"], here: Where) -> Rewrite:
+    def rewrite(passage: Passage) -> Tensor:
+        assert passage.y is not None
+        basis = Q.to(passage.y.dtype)
+        return passage.y - here.weights(passage) * ((passage.y @ basis) @ basis.T)
+
+    return rewrite
+
+
+def _attachable(d: "Decomposition", rewrites: Mapping[str, Rewrite], here: Where) -> list[Hook]:
+    return rewrite_hooks(d.model, d.sites, rewrites, counting=here.positions is not None)
+
+
+def _integers(given: Any, what: str) -> list[int]:
+    """An index, or several: integers of Python, numpy or torch."""
+    if isinstance(given, Tensor):
+        if given.is_floating_point() or given.dtype == torch.bool or given.ndim > 1:
+            raise SPDError(f"{what}: a {given.dtype} tensor of shape {list(given.shape)} was given; give integer indices [k].")
+        return given.reshape(-1).tolist()
+    values = [given] if hasattr(given, "__index__") and not hasattr(given, "__len__") else given
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise SPDError(f"{what}: {given!r} was given; give an index or a list of them.")
+    values = list(values)
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise SPDError(f"{what}: {value!r} is no index; give integers.")
+    return [int(value) for value in values]
+
+
+def _one(d: "Decomposition", at: Any) -> tuple[str, int]:
+    """A checked `(site, index)`."""
+    if not isinstance(at, tuple) or len(at) != 2 or not isinstance(at[0], str):
+        raise SPDError(f"{at!r} names no subcomponent; give (site, index), e.g. ('{next(iter(d.sites))}', 3).")
+    ((name, indices),) = choice(d, {at[0]: at[1]}).items()
+    if len(indices) != 1:
+        raise SPDError(f"{at!r} names {len(indices)} subcomponents; give one index.")
+    return name, indices[0]
+
+
+def _direction(d: "Decomposition", at: tuple[str, int], value: Any) -> Tensor:
+    """A vector as it is; a token as its unembedding column with the norm of what it replaces."""
+    name, index = at
+    site, u = d.sites[name], d.components[name].U[at[1]]
+    if isinstance(value, str) or (hasattr(value, "__index__") and not (isinstance(value, Tensor) and value.ndim)):
+        column = _unembedding(d, name, value).to(u)
+        return column * (u.norm() / column.norm())
+    try:
+        vector = torch.as_tensor(value).to(u)
+    except (TypeError, ValueError, RuntimeError):
+        raise SPDError(
+            f"{name}, {index}: {type(value).__name__} is no output; give a vector [{site.d_out}], a token's id or its text."
+        ) from None
+    if vector.shape != u.shape or not torch.isfinite(vector).all():
+        wrong = f"has shape {list(vector.shape)}" if vector.shape != u.shape else "holds NaN or infinite entries"
+        raise SPDError(f"{name}, {index}: the vector {wrong}; an output of this site is finite and [{site.d_out}].")
+    return vector
+
+
+def _unembedding(d: "Decomposition", name: str, token: Any) -> Tensor:
+    model = d.model
+    if d.sites[name].kind not in ("W_O", "W_out"):
+        raise SPDError(f"{name} does not write to the residual stream, where a token has a direction; W_O and W_out do. Give a vector.")
+    if isinstance(token, str):
+        if getattr(model, "tokenizer", None) is None:
+            raise SPDError(f"the token {token!r} was given as text, but the model has no tokenizer; give its id.")
+        ids = model.to_tokens(token, prepend_bos=False).flatten().tolist()
+        if len(ids) != 1:
+            raise SPDError(f"{token!r} is {len(ids)} tokens, {ids}; give one token (a space before a word matters), or one of the ids.")
+        token = ids[0]
+    W_U = model.W_U.detach()
+    token = int(token)
+    if not 0 <= token < W_U.shape[1]:
+        raise SPDError(f"token {token} was given; the vocabulary is 0 … {W_U.shape[1] - 1}.")
+    return W_U[:, token]

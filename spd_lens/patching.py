@@ -1,0 +1,216 @@
+"""Which subcomponents carry a metric from one prompt to another: TransformerLens' `patching`, subcomponent by subcomponent.
+
+1. A subcomponent's *effect* is what the metric gains when its inner activation `a = v_c·x` is another one: the clean prompt's in the run on the
+   corrupted prompt (`attribution_patching`, `activation_patching`), or zero in the run itself (`attribution`, `ablation_effects`). The weights
+   are the original ones: `x·W + (a' - a)·u_c`, whatever the decomposition leaves.
+2. First order: `Σ (a' - a)·∂metric/∂a`, of all subcomponents of all sites by one backward pass. The gradient on `a` is that on what the
+   site writes, times `u_c`.
+3. Exact: one run each, several stacked along the batch; the blocks before the site are not run again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from spd_lens.decomposition import Decomposition, Trace
+from spd_lens.errors import SPDError
+from spd_lens.guards import frozen
+from spd_lens.interventions import choice
+from spd_lens.sites import Passage, Rewrite
+from spd_lens.suffix import repeated, resumed
+
+Metric = Callable[[Tensor], Any]  # logits [b, s, vocabulary] → one number
+Inner = Mapping[str, Float[Tensor, "b s C"]]
+Place = tuple[str, int, int | None]  # site, subcomponent, position (None: all of them at once)
+
+ROWS = 64  # of one stacked pass, unless the batch alone is larger
+
+
+def attribution_patching(d: Decomposition, clean: Any, corrupted: Any, metric: Metric, per_position: bool = False) -> pd.DataFrame:
+    """First-order effect of each subcomponent's clean inner activation in the corrupted run (Nanda 2023, *Attribution patching*; Syed et al.
+    2023, arXiv 2310.10348): two forward passes and one backward, for everything at once.
+
+    Args:
+        d: the decomposition.
+        clean, corrupted: tokens `[b, s]` of one shape, or text where the model has a tokenizer.
+        metric: a differentiable function of the logits `[b, s, vocabulary]`, one number.
+        per_position: a row for each position, else their sum.
+
+    Returns:
+        `site`, `subcomponent`, (`position`,) `effect` in the metric's unit, largest |effect| first.
+
+    Raises:
+        SPDError: prompts of different shapes, or a metric that is not one number or has no gradient.
+    """
+    clean_tokens, tokens = _pair(d, clean, corrupted)
+    run = _trace(d, tokens)
+    return _first_order(d, run, _inner(d, run), _inner(d, _trace(d, clean_tokens)), metric, per_position)
+
+
+def attribution(d: Decomposition, tokens: Any, metric: Metric, per_position: bool = False) -> pd.DataFrame:
+    """First-order effect of ablating each subcomponent, `-Σ a·∂metric/∂a`; arguments and table as in `attribution_patching`."""
+    run = _trace(d, d.tokens(tokens))
+    return _first_order(d, run, _inner(d, run), None, metric, per_position)
+
+
+def activation_patching(
+    d: Decomposition,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric,
+    chosen: Any = None,
+    per_position: bool = False,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """The exact effect of each subcomponent's clean inner activation in the corrupted run: one run each.
+
+    Args:
+        d, clean, corrupted, per_position: as in `attribution_patching`.
+        metric: any function of the logits `[b, s, vocabulary]` that gives one number.
+        chosen: site → indices; or a table as these functions return (`attribution_patching(…).head(50)`), its positions too; None: all.
+        progress: whether to show a bar.
+
+    Returns:
+        the table of `attribution_patching`.
+
+    Raises:
+        SPDError: prompts of different shapes, a metric that is not one number, or a choice of what is not there.
+    """
+    clean_tokens, tokens = _pair(d, clean, corrupted)
+    run = _trace(d, tokens)
+    return _exact(d, run, _inner(d, run), _inner(d, _trace(d, clean_tokens)), metric, chosen, per_position, progress)
+
+
+def ablation_effects(
+    d: Decomposition, tokens: Any, metric: Metric, chosen: Any = None, per_position: bool = False, progress: bool = True
+) -> pd.DataFrame:
+    """The exact effect of ablating each subcomponent, as `Decomposition.ablate` does; arguments and table as in `activation_patching`."""
+    run = _trace(d, d.tokens(tokens))
+    return _exact(d, run, _inner(d, run), None, metric, chosen, per_position, progress)
+
+
+def _first_order(d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, per_position: bool) -> pd.DataFrame:
+    b, s = run.tokens.shape
+    with torch.enable_grad(), frozen(d.model):
+        added = {name: run.logits.new_zeros(b, s, site.d_out, requires_grad=True) for name, site in d.sites.items()}
+        logits = d._forward(run.tokens, {name: _adding(d, name, extra) for name, extra in added.items()})
+        value = _number(metric(logits))
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            raise SPDError("the metric has no gradient; compute it from the logits it is given, without detach, argmax or item.")
+        gradients = torch.autograd.grad(value, list(added.values()), allow_unused=True, materialize_grads=True)
+    effects = {}
+    for name, gradient in zip(added, gradients):
+        difference = -inner[name] if wanted is None else wanted[name] - inner[name]
+        effects[name] = (difference * (gradient @ d.components[name].U.detach().T)).sum(0)  # [s, C]
+    rows = [(name, c, p) for name, e in effects.items() for p in (range(s) if per_position else [None]) for c in range(e.shape[1])]
+    return _ranked(rows, torch.cat([(e if per_position else e.sum(0)).flatten() for e in effects.values()]).tolist(), per_position)
+
+
+@torch.no_grad()
+def _exact(
+    d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, chosen: Any, per_position: bool, progress: bool
+) -> pd.DataFrame:
+    places = list(_places(d, chosen, run.tokens.shape[1], per_position))
+    before = float(_number(metric(run.logits)))
+    effects: list[float] = []
+    with tqdm(total=len(places), disable=not progress, desc="patching", unit="run") as bar:
+        for stack in _stacks(places, max(1, ROWS // len(run.tokens))):
+            name = stack[0][0]
+            difference = -inner[name] if wanted is None else wanted[name] - inner[name]
+            extra = torch.cat([_written(d, difference, place) for place in stack])
+            layer, many = d.sites[name].layer, len(stack)
+            start = repeated(run.blocks[layer - 1], len(run.tokens), many) if layer else None
+            with resumed(d.model, start, layer):
+                logits = d._forward(run.tokens.repeat(many, 1), {name: _adding(d, name, extra)})
+            effects += [float(_number(metric(part))) - before for part in logits.unflatten(0, (many, -1))]
+            bar.update(many)
+    return _ranked(places, effects, per_position)
+
+
+def _written(d: Decomposition, difference: Float[Tensor, "b s C"], place: Place) -> Float[Tensor, "b s d_out"]:
+    name, c, position = place
+    a = difference[..., c]
+    if position is not None:
+        a = torch.zeros_like(a).index_copy(1, torch.tensor([position], device=a.device), a[:, [position]])
+    return a[..., None] * d.components[name].U[c]
+
+
+def _adding(d: Decomposition, name: str, extra: Float[Tensor, "b s d_out"]) -> Rewrite:
+    def rewrite(passage: Passage) -> Tensor:
+        assert passage.y is not None
+        summed = d.sites[name].heads if d.sites[name].kind == "W_O" and passage.by_head is not None else 1  # use_attn_result
+        return passage.y + extra / summed
+
+    return rewrite
+
+
+def _stacks(places: list[Place], most: int) -> Iterator[list[Place]]:
+    """Runs of one site together, at most so many."""
+    stack: list[Place] = []
+    for place in places:
+        if stack and (place[0] != stack[0][0] or len(stack) == most):
+            yield stack
+            stack = []
+        stack.append(place)
+    if stack:
+        yield stack
+
+
+def _places(d: Decomposition, chosen: Any, s: int, per_position: bool) -> Iterator[Place]:
+    everywhere = range(s) if per_position else [None]
+    if isinstance(chosen, pd.DataFrame):
+        missing = {"site", "subcomponent"} - set(chosen.columns)
+        if missing:
+            raise SPDError(f"the table has no column {', '.join(sorted(missing))}; give one as attribution_patching returns it.")
+        rows = chosen.sort_values("site", kind="stable")
+        choice(d, {name: part["subcomponent"].tolist() for name, part in rows.groupby("site")})
+        named = rows["position"].tolist() if per_position and "position" in rows else [None] * len(rows)
+        for name, c, position in zip(rows["site"], rows["subcomponent"], named):
+            if position is not None and not 0 <= position < s:
+                raise SPDError(f"position {position} was chosen and the sequence has 0 … {s - 1}.")
+            yield from ((name, int(c), p) for p in (everywhere if position is None else [int(position)]))
+        return
+    for name, indices in choice(d, {name: range(c.C) for name, c in d.components.items()} if chosen is None else chosen).items():
+        yield from ((name, c, p) for p in everywhere for c in indices)
+
+
+def _ranked(places: list[Place], effects: list[float], per_position: bool) -> pd.DataFrame:
+    table = pd.DataFrame(places, columns=["site", "subcomponent", "position"]).assign(effect=pd.Series(effects, dtype=float))
+    table = table if per_position else table.drop(columns="position")
+    return table.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
+
+
+def _pair(d: Decomposition, clean: Any, corrupted: Any) -> tuple[Tensor, Tensor]:
+    first, second = d.tokens(clean), d.tokens(corrupted)
+    if first.shape != second.shape:
+        raise SPDError(f"clean is {list(first.shape)} and corrupted {list(second.shape)} tokens; patching needs them of one shape, [b, s].")
+    return first, second
+
+
+@torch.no_grad()
+def _trace(d: Decomposition, tokens: Tensor) -> Trace:
+    return d.trace(tokens)
+
+
+@torch.no_grad()
+def _inner(d: Decomposition, trace: Trace) -> dict[str, Tensor]:
+    return {name: d.components[name].inner(x) for name, x in trace.inputs.items()}
+
+
+def _number(value: Any) -> Any:
+    """The metric's value, if it is one finite number."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise SPDError(f"the metric gave a tensor of shape {list(value.shape)}; it has to give one number, e.g. its mean.")
+    try:
+        finite = isfinite(float(value))
+    except (TypeError, ValueError):
+        raise SPDError(f"the metric gave a {type(value).__name__}; it has to give one number.") from None
+    if not finite:
+        raise SPDError(f"the metric gave {float(value)}; effects need a finite number.")
+    return value

@@ -1,0 +1,133 @@
+"""A model's weights written anew: an independent copy with other matrices in it.
+
+1. Refused before anything is copied: a matrix that other modules share (tied), one that cannot be served (quantised), another shape.
+2. The copy: the model without anybody's hooks and without what the last pass left in it.
+3. Every matrix of the copy is read back: the written ones as wanted, all others as before.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformer_lens.hook_points import HookPoint
+
+from spd_lens.errors import SPDError
+from spd_lens.sites import layout_of, unflattened
+from spd_lens.visits import unwatch
+
+
+def rewritten(model: Any, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> Any:
+    """A copy of `model` in which the named matrices, which `check_writable` let pass, are `weights` (heads flattened, as in `Site.weight`).
+
+    Raises:
+        SPDError: another matrix changed with them.
+    """
+    before, new = layout_of(model), copied(model)
+    for name, weight in weights.items():
+        set_weight(new, name, weight)
+    after = layout_of(new)
+    for name in before.names():
+        if before.refusal(name) is None:
+            found = after.site(name).weight
+            if not torch.equal(found, weights[name].to(found) if name in weights else before.site(name).weight):
+                raise SPDError(f"{name} of the copy is not what it should be: {'it was not written' if name in weights else 'it changed too'}. "
+                               "Its memory is shared with another matrix; edit a model whose matrices are its own.")  # fmt: skip
+    return new
+
+
+@torch.no_grad()
+def set_weight(model: Any, name: str, weight: Float[Tensor, "d_in d_out"]) -> None:
+    """Write a matrix into the model itself, in the place and layout where it has it (grouped keys, a part of a fused matrix, a view)."""
+    stored = layout_of(model).stored(name)
+    stored.copy_(unflattened(name, weight, stored))
+
+
+def check_writable(model: Any, name: str, shape: list[int]) -> None:
+    """An error where the matrix is not the model's own plain tensor of this `[d_in, d_out]`."""
+    layout = layout_of(model)
+    if name not in layout.names():
+        raise SPDError(f"{name} was decomposed, but this model has no such matrix; give the decomposition the model that it was made from.")
+    if reason := layout.refusal(name):
+        raise SPDError(f"{name} cannot be edited: {reason}")
+    found = list(layout.site(name).weight.shape)
+    if found != shape:
+        raise SPDError(f"{name} is {found} in this model and was {shape} when it was decomposed; load the model that it was made from.")
+    stored, _, layer, part = layout.stored(name), *name.split(".")[:3]
+    own = {id(module) for module in getattr(model.blocks[int(layer)], part).modules()}
+    for owner, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if id(module) not in own and parameter is not None and _overlap(stored, parameter):
+                raise SPDError(f"{name} cannot be edited: its memory is shared with {owner}.{key} (tied weights), which would change too. "
+                               "Untie them first: give one of the two a parameter of its own, a clone.")  # fmt: skip
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    (begin, end), (other_begin, other_end) = _ends(a), _ends(b)
+    return a.device == b.device and begin < other_end and other_begin < end
+
+
+def _within(a: Tensor, b: Tensor) -> bool:
+    (begin, end), (other_begin, other_end) = _ends(a), _ends(b)
+    return a.device == b.device and a.dtype == b.dtype and other_begin <= begin and end <= other_end
+
+
+def _ends(t: Tensor) -> tuple[int, int]:
+    """The addresses between which its entries lie."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride()))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size() * bool(t.numel())
+
+
+class _Detaching(TorchFunctionMode):
+    """`deepcopy` refuses tensors with a gradient behind them, and models keep some of the last pass (an attention pattern): copied without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []  # deepcopy remembers what it has copied by address
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            self.kept.append(args[0].detach())
+            args = (self.kept[-1], *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def copied(model: Any) -> Any:
+    """An independent copy, without the hooks on its hook points (permanent ones too): what they refer to is not copied either."""
+    users = [handle.user_hook for point in _points(model) for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+    with _Detaching():
+        new = copy.deepcopy(model, {id(hook): hook for hook in users})
+    for point in _points(new):
+        point.remove_hooks("both", including_permanent=True)
+        point.clear_context()
+    new.context_level = 0
+    for block in new.blocks:
+        if hasattr(block, "_teardown_capture_hooks"):  # TransformerBridge's own: they refer to the block that they were made in, and are
+            block._teardown_capture_hooks()  #            made again in the next pass
+    unwatch(new)
+    _share_alike(model, new)
+    return new
+
+
+def _share_alike(model: Any, new: Any) -> None:
+    """`deepcopy` gives every parameter memory of its own. What was a view of another one is made a view again: of GPT-2's fused `c_attn`;
+    of a parameter that TransformerBridge's processed MLP also keeps as an attribute, and computes with."""
+    groups: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+    for old_module, new_module in zip(model.modules(), new.modules()):
+        for old_table, new_table in ((old_module._parameters, new_module._parameters), (vars(old_module), vars(new_module))):
+            for key, old in old_table.items():
+                if isinstance(old, Tensor) and old.numel() and not old.is_meta:
+                    groups.setdefault(old.untyped_storage().data_ptr(), {})[id(old)] = (old, new_table[key])
+    for group in groups.values():
+        whole, base = max(group.values(), key=lambda pair: (pair[0].numel(), isinstance(pair[0], torch.nn.Parameter)))
+        for old, own in group.values():
+            if old is not whole and whole.is_contiguous() and _within(old, whole):
+                own.data = base.data.as_strided(old.shape, old.stride(), old.storage_offset() - whole.storage_offset())
+
+
+def _points(model: Any) -> list[HookPoint]:
+    points = {id(module): module for module in (*model.modules(), *model.hook_dict.values()) if isinstance(module, HookPoint)}
+    return list(points.values())
