@@ -208,9 +208,9 @@ def _number(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() != 1:
         raise SPDError(f"the metric gave a tensor of shape {list(value.shape)}; it has to give one number, e.g. its mean.")
     try:
-        finite = isfinite(float(value))
+        number = float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError):
         raise SPDError(f"the metric gave a {type(value).__name__}; it has to give one number.") from None
-    if not finite:
-        raise SPDError(f"the metric gave {float(value)}; effects need a finite number.")
+    if not isfinite(number):
+        raise SPDError(f"the metric gave {number}; effects need a finite number.")
     return value

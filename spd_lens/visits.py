@@ -43,7 +43,7 @@ def rewrite_hooks(
     blocks: dict[str, list[_Visit]] = {}
     for name, rewrite in rewrites.items():
         wire = layout.wire(sites[name])
-        visit = _Visit(wire, rewrite, name in replacing and wire.idle is not None)
+        visit = _Visit(wire, rewrite, name in replacing)
         if counting:
             visit.attention, visit.seen = getattr(model.blocks[wire.site.layer], "attn", None), layout.seen
             if visit.attention is None:
@@ -66,7 +66,7 @@ class _Visit:
 
     wire: Wire
     rewrite: Rewrite
-    skips: bool = False
+    replaces: bool = False
     read: Tensor | None = None
     wake: Callable[[], None] | None = None
     attention: nn.Module | None = None  # is told in its call how many positions came before; None where nobody asks
@@ -80,6 +80,10 @@ class _Visit:
     def disarm(self) -> None:
         self.end_skip()
         self.read = self.start = None
+
+    @property
+    def skips(self) -> bool:
+        return self.replaces and self.wire.idle is not None
 
     @property
     def watched(self) -> list[nn.Module]:
@@ -224,7 +228,7 @@ class _Arrive:
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
             own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
-            own.sort(key=lambda entry: not (isinstance(entry[1], _Override) and entry[1].visit.skips))  # what they leave out, others need
+            own.sort(key=lambda entry: not (isinstance(entry[1], _Override) and entry[1].visit.replaces))  # others change what it writes
             for key, function in reversed(own):
                 if isinstance(function, _Override) and key in order:
                     order.move_to_end(key, last=False)

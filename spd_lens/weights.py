@@ -96,8 +96,11 @@ class _Detaching(TorchFunctionMode):
 
 
 def copied(model: Any) -> Any:
-    """An independent copy, without the hooks on its hook points (permanent ones too): what they refer to is not copied either."""
+    """An independent copy, without the hooks on its hook points (permanent ones too) and without us; what hooks refer to is not copied either."""
     users = [handle.user_hook for point in _points(model) for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+    users += [
+        hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if _ours(hook)
+    ]
     with _Detaching():
         new = copy.deepcopy(model, {id(hook): hook for hook in users})
     for point in _points(new):
@@ -107,9 +110,21 @@ def copied(model: Any) -> Any:
     for block in new.blocks:
         if hasattr(block, "_teardown_capture_hooks"):  # TransformerBridge's own: they refer to the block that they were made in, and are
             block._teardown_capture_hooks()  #            made again in the next pass
+    for module in new.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _ours(hook)]:
+                del hooks[key]
+    for table in vars(new).values():
+        if isinstance(table, dict):  # of hook points by name
+            for key in [key for key in table if ".hook_spd_" in str(key)]:
+                del table[key]
     unwatch(new)
     _share_alike(model, new)
     return new
+
+
+def _ours(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("spd_lens")
 
 
 def _share_alike(model: Any, new: Any) -> None:

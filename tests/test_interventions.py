@@ -204,18 +204,38 @@ def test_the_wrapped_model_holds_the_change_where_the_bridge_computes_with_its_w
     edited = d.edited_model(remove={site: [0] for site in d.sites})
     own = {p.untyped_storage().data_ptr() for p in edited.original_model.parameters()}
     assert all(layout_of(edited).stored(site).untyped_storage().data_ptr() in own for site in d.sites)
-    if name == "Bridge-gpt2":
+    if name in ("Bridge-gpt2", "Bridge-gpt2-compatible"):
         fused = edited.original_model.transformer.h[0].attn._original_component.c_attn.weight
         sites = find_sites(edited, "blocks.0.attn.W_[QKV]")
         assert torch.equal(fused, torch.cat([site.weight for site in sites.values()], 1))
 
 
-def test_a_change_goes_together_with_masks_in_either_order(untrained, tokens):
-    d, site = untrained, "blocks.0.mlp.W_in"
-    on, cut = d.hooks({site: torch.ones(())}, delta=1.0), d.ablate({site: [1, 2]})
-    expected = run(d, tokens, d.ablate({site: [1, 2]}))
+@pytest.mark.parametrize("name", [n for n in ("HT-standard", "HT-split", "Bridge-gpt2", "Bridge-gpt2-use_attn_in") if n in zoo.ALL])
+def test_a_change_goes_together_with_masks_in_either_order(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    on, cut = d.hooks({Q: torch.ones(()), OUT: torch.ones(())}, delta=1.0), d.ablate({Q: [1, 2], OUT: [3]})
+    expected = run(d, tokens, cut)
     for hooks in (on + cut, cut + on):
         assert torch.allclose(run(d, tokens, hooks), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in ("HT-standard", "Bridge-gpt2") if n in zoo.ALL])
+def test_a_copy_has_nothing_of_us_wherever_it_was(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    clean = run(d, tokens, [])
+    table = d.model.hook_dict if name.startswith("HT") else d.model._hook_registry
+    table[f"{Q}.hook_spd_acts"] = HookPoint()
+    ours = dict(d.ablate({Q: [0]}))
+
+    guard = next(iter(ours.values()))
+    d.model.blocks[1].register_forward_pre_hook(guard)
+    with pytest.raises(RuntimeError, match="stop"):  # a pass that was broken off leaves a watch
+        run(d, tokens, [*ours.items(), ("blocks.0.hook_resid_pre", lambda x, hook: (_ for _ in ()).throw(RuntimeError("stop")))])
+    copy = d.edited_model()
+    assert not any("hook_spd" in key for key in copy.hook_dict) and not copy.blocks[1]._forward_pre_hooks
+    assert d.model.blocks[1]._forward_pre_hooks and not any("forward" in vars(m) for m in copy.modules())
+    with torch.no_grad():
+        assert torch.equal(copy(tokens), clean)
 
 
 MLP = "blocks.0.mlp.W_in"
