@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
 
 from spd_lens.cli_bench import add_bench
+from spd_lens.cli_facts import add_facts
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
 from spd_lens.metrics import CHEAT
 from spd_lens.ranks import Ranks, meet
 from spd_lens.report import REPORT_BYTES, induction_page, study_page
 from spd_lens.storage import check_writable, write_text
+from spd_lens.tables import print_table
 from spd_lens.tasks import induction, study
 from spd_lens.training import decompose
 
@@ -72,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     toy.add_argument("--quiet", action="store_true", help="no progress bar")
     toy.set_defaults(call=_induction)
 
+    add_facts(commands)
     add_bench(commands)
     return parser
 
@@ -108,7 +108,7 @@ def _induction(options: argparse.Namespace, console: Console) -> None:
         table = study.table(found)
         write_text(options.out / "study.json", json.dumps(found, indent=1))
         write_text(options.out / "study.html", study_page(table, found))
-        _print(console, table, f"{len(found)} runs; KL in nats")
+        print_table(console, table, f"{len(found)} runs; KL in nats")
         console.print(f"See {options.out / 'study.html'}")
 
 
@@ -157,26 +157,14 @@ class _Run:
 
 
 def _tell(console: Console, outcome: induction.Outcome, out: Path) -> None:
-    _print(console, outcome.beside_paper(), "Active subcomponents (g > 0.5); in brackets the paper's, arXiv 2511.08854, Table 1")
-    _print(console, outcome.verification_table(), "Can the count be trusted? KL in nats, without the delta")
-    _print(console, outcome.diagnosis_table(), "Do they do what the circuit needs?")
-    _print(console, outcome.interventions_table().drop(columns="note"), "Proof: cut out of the original model; accuracy without …")
+    print_table(console, outcome.beside_paper(), "Active subcomponents (g > 0.5); in brackets the paper's, arXiv 2511.08854, Table 1")
+    print_table(console, outcome.verification_table(), "Can the count be trusted? KL in nats, without the delta")
+    print_table(console, outcome.diagnosis_table(), "Do they do what the circuit needs?")
+    print_table(console, outcome.interventions_table().drop(columns="note"), "Proof: cut out of the original model; accuracy without …")
     if outcome.verification.leans_on_inactive:
         console.print(f"[bold red]warning:[/] {CHEAT}")
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in outcome.seconds.items())
     console.print(f"{sum(outcome.seconds.values()):.0f} s in all ({parts}). See {out / 'report.html'}")
-
-
-def _print(console: Console, frame: pd.DataFrame, title: str) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column(str(frame.index.name or ""), no_wrap=True)
-    for column in frame.columns:
-        table.add_column(str(column), justify="right", no_wrap=True)
-    for row, values in frame.iterrows():
-        table.add_row(str(row), *map(str, values))
-    needed = Measurement.get(console, console.options.update(width=1000), table).maximum  # better broken by the terminal than cut
-    console.width = max(console.width, needed)
-    console.print(table)
 
 
 if __name__ == "__main__":

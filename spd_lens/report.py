@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from spd_lens import viz
 from spd_lens.metrics import CHEAT, Verification
+from spd_lens.tasks.facts import Outcome as Facts
 from spd_lens.tasks.induction import PAPER, Outcome
 
 REPORT_BYTES = 8_000_000  # of a page: plotly itself, and our figures
@@ -152,3 +153,70 @@ def study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int
 
 def cheat_warning(verification: Verification) -> str | None:
     return CHEAT if verification.leans_on_inactive else None
+
+
+def facts_page(outcome: Facts) -> str:
+    """The report of `spd-lens facts`."""
+    golf, basketball = outcome.cuts["golf"], outcome.cuts["basketball"]
+    sections: list[tuple[str, str, Any]] = [
+        (
+            "What is cut, and what stays",
+            "Probability of each answer at its prompt, in the original model, after golf's subcomponents are taken out of the original "
+            "weights, after basketball's, and after pairs of output directions are exchanged.",
+            viz.answer_bars(outcome.answers()),
+        ),
+        (
+            "Suppression",
+            f"{len(golf.chosen)} and {len(basketball.chosen)} subcomponents, chosen among those active on the prompt; beside it the paper's figures for "
+            "GPT-2-small. Held-out athletes, the inverse question (“The most famous golfer is”), the other phrasings and the unrelated text had no "
+            "part in the choice. Accuracy: change of the share of right answers; inverse: relative change of the probability; KL in nats per token.",
+            outcome.suppression_table(),
+        ),
+        (
+            "What each of golf's reads and writes",
+            "Where |v·x| is largest on the prompts and the text around (the last token of each snippet), and the answers that lose most when it "
+            "alone is cut.",
+            outcome.described["golf"],
+        ),
+        ("What each of basketball's reads and writes", "The same.", outcome.described["basketball"]),
+        (
+            "Exchange",
+            "The output directions of pairs of subcomponents exchanged: the golfer's prompt says basketball, and the other way round.",
+            outcome.swap_table(),
+        ),
+        (
+            "The same cut of other things",
+            "As many random active subcomponents (mean of several draws); MLP neurons and singular directions, as many by attribution or chosen in the "
+            "same way; subcomponents learnt on the prompts alone, without a background.",
+            outcome.comparison_table(),
+        ),
+        (
+            "Can the decomposition be trusted?",
+            "On the prompts, KL(original ‖ masked) in nats at the last position, without the delta. A targeted decomposition leaves the rest of each "
+            "matrix to the delta, so that V·U is far from W.",
+            outcome.verification_table(),
+        ),
+        ("Training", "Unweighted losses and active subcomponents on the prompts.", viz.training_curves(outcome.decomposition.history)),
+        (
+            "Settings",
+            "Everything that made this run.",
+            pd.DataFrame({"value": {k: str(v) for k, v in outcome.decomposition.config.to_json().items()}}).rename_axis("setting"),
+        ),
+    ]
+    if warning := cheat_warning(outcome.verification):
+        sections.insert(0, ("Warning: this count is a cheat", warning, None))
+    lead = (
+        f"Seed {outcome.seed}: {sum(outcome.active.values())} of {outcome.allocated} subcomponents are active on the prompts; "
+        f"{outcome.verification.beside_a_count}; {sum(outcome.seconds.values()):.0f} s in all."
+    )
+    return page("Golf and basketball in rank-one subcomponents", lead, sections)
+
+
+def facts_study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int]]) -> str:
+    """The report of `spd-lens facts --seeds`."""
+    lead = f"{len(found)} runs: {', '.join(found)}, each with a target of its own, and with a report of its own in the folder beside this page."
+    explanation = (
+        "Fall: share of the probability of the sport that is gone when its subcomponents are cut; other sport: change of the other's; accuracy: "
+        "change of the share of right answers about held-out athletes; inverse: relative change; KL in nats per token of unrelated text."
+    )
+    return page("Golf and basketball over seeds", lead, [("All figures", explanation, table)])

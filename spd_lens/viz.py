@@ -295,3 +295,22 @@ def _clock(line: Mapping[str, Any]) -> str:
 
 def _threads(line: Mapping[str, Any]) -> str:
     return f"{line['threads']} thread{'s' if line['threads'] > 1 else ''}" if line["device"] == "cpu" else line["device"]
+
+
+def answer_bars(answers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go.Figure:
+    """Prompt → what was done to the model → answer → probability: a panel for each prompt, a group of bars for each thing done."""
+    titles = [escape(prompt) for prompt in answers]
+    figure = make_subplots(1, len(titles), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
+    palette = dict(
+        zip(sorted({answer for done in answers.values() for p in done.values() for answer in p}), (BLUE, ORANGE, GREEN, PURPLE, GREY))
+    )
+    shapes = dict(zip(palette, ("", "/", "x", ".", "\\")))
+    for column, done in enumerate(answers.values(), start=1):
+        for answer, colour in palette.items():
+            values = [p.get(answer) for p in done.values()]
+            figure.add_bar(x=list(done), y=values, name=f"P({escape(answer)})", marker=dict(color=colour, pattern_shape=shapes[answer]), showlegend=column == 1,
+                           text=["" if value is None else f"{value:.2f}" for value in values], textposition="outside", cliponaxis=False, row=1, col=column,
+                           hovertemplate=f"%{{x}}: P({escape(answer)}) = %{{y:.4f}}<extra></extra>")  # fmt: skip
+    figure.update_yaxes(range=[0, 1.08])
+    figure.update_yaxes(title="probability of the answer", col=1)
+    return _finish(figure, "What the model answers", 400, barmode="group", legend=dict(orientation="h", y=-0.2))

@@ -12,7 +12,7 @@
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from spd_lens.tasks.athletes import INVERSE, PHRASINGS, all_athletes, documents,
 from spd_lens.tasks.language import packed
 from spd_lens.tasks.questions import Drift, Questions, drift
 from spd_lens.tasks.surgery import Guard, One, Pair, active_on, choose_cut, choose_swap, first_by_attribution, grouped
-from spd_lens.training import Callback, decompose
+from spd_lens.training import decompose
 
 CONCEPTS = {"golf": "Tiger Woods", "basketball": "Kobe Bryant"}
 BACKGROUND, TEXT, UNRELATED = 1500, 128, 128  # documents of the background; rows of text for a choice and for the measurement
@@ -39,9 +39,11 @@ ROW = 32  # tokens of a row of text
 RANDOM_DRAWS = 10
 EXAMPLES = 3  # of what a subcomponent reads and writes
 
-GOALS = {  # figure → what arXiv 2511.08854 reports, what we set out to reach
-    "fall": ("0.85", "≥ 0.9"), "other sport": ("0.000", "≤ 0.02"), "held-out accuracy": ("", "≥ -0.02"), "unrelated KL": ("", "≤ 0.01"),
-    "unrelated KL, 99 %": ("", "≤ 0.1"), "inverse": ("kept", "≤ 0.05"), "subcomponents": ("", "≤ 10"), "exchanged": ("", "≥ 0.5"),
+GOALS = {  # figure of a cut or of the swap → what arXiv 2511.08854 reports, a replication's, what we set out to reach
+    "fall": ("0.85", "", "≥ 0.9"), "other sport": ("0.000", "", "± 0.02"), "held-out accuracy": ("", "", "≥ -0.02"),
+    "unrelated KL": ("", "", "≤ 0.01"), "unrelated KL, 99 %": ("", "", "≤ 0.1"), "inverse": ("kept", "", "± 0.05"),
+    "subcomponents": ("", "", "≤ 10"), "golfer, exchanged": ("", "", "≥ 0.5"), "basketball player, exchanged": ("", "", "≥ 0.5"),
+    "active on the prompts": ("96", "", ""),
 }  # fmt: skip
 
 
@@ -194,6 +196,12 @@ def alone(config: SPDConfig) -> SPDConfig:
     return config.replace(weights={name: weight for name, weight in config.weights.items() if not name.startswith("background")})
 
 
+def goals(found: Mapping[str, Mapping[str, float | int]]) -> dict[str, tuple[str, str, str]]:
+    """The goal of every figure that has one; a baseline's have none."""
+    names = {name for figures in found.values() for name in figures}
+    return {name: GOALS[name.split(": ")[-1]] for name in names if name.count(": ") < 2 and name.split(": ")[-1] in GOALS}
+
+
 def neurons(s: Setting) -> Decomposition:
     """The MLPs' neurons as subcomponents of the matrices that they write with: `v_c` picks one, `u_c` is its row."""
     sites = find_sites(s.model, "blocks.*.mlp.W_out")
@@ -237,6 +245,18 @@ class Outcome:
     baselines: dict[str, dict[str, Cut]]
     described: dict[str, pd.DataFrame]
 
+    def answers(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Prompt → what was done → probability of each sport."""
+        done = {f"{concept} cut": cut.effect for concept, cut in self.cuts.items()} | {"exchanged": self.swapped}
+        original = effect_of(self.setting, ())
+        return {
+            f"{CONCEPTS[concept]} …": {
+                name: {concept: effect.after[concept], self.setting.other(concept): effect.crossed[concept]}
+                for name, effect in {"original": original, **done}.items()
+            }
+            for concept in self.cuts
+        }
+
     def suppression_table(self) -> pd.DataFrame:
         """Each concept's cut, beside the paper's figure."""
         rows = {}
@@ -246,7 +266,7 @@ class Outcome:
             rows[f"P({concept}) before → after"] = f"{effect.before[concept]:.3f} → {effect.after[concept]:.3f}"
             rows[f"P({other}) before → after, {concept} cut"] = f"{effect.before[other]:.3f} → {effect.after[other]:.3f}"
             for name, value in self._row(concept, cut).items():
-                if name not in ("cut", "fall", "other sport"):
+                if name not in ("number", "fall", "other sport"):
                     rows[f"{concept}: {name}"] = value
         frame = pd.DataFrame({"here": rows}).rename_axis("figure")
         frame["paper"] = frame.index.map(
@@ -257,7 +277,7 @@ class Outcome:
     def _row(self, concept: str, cut: Cut) -> dict[str, str]:
         effect = cut.effect
         return {
-            "cut": f"{len(cut.chosen)}",
+            "number": f"{len(cut.chosen)}",
             "fall": f"{effect.fall(concept):.3f}",
             "other sport": f"{effect.change(self.setting.other(concept)):+.4f}",
             "held-out accuracy": f"{effect.held_out_change:+.3f}",
@@ -269,15 +289,11 @@ class Outcome:
 
     def comparison_table(self) -> pd.DataFrame:
         """The cut of each concept beside the same cut of other things."""
-        rows = {f"{concept}: this decomposition": self._row(concept, cut) for concept, cut in self.cuts.items()}
-        for concept in self.cuts:
-            for name, cuts in self.baselines.items():
-                rows[f"{concept}: {name}"] = self._row(concept, cuts[concept])
-        return (
-            pd.DataFrame.from_dict(rows, orient="index")
-            .sort_index(key=lambda names: [name.split(":")[0] != "golf" for name in names], kind="stable")
-            .rename_axis("cut")
-        )
+        rows = {}
+        for concept, own in self.cuts.items():
+            for name, cut in {"this decomposition": own, **{name: cuts[concept] for name, cuts in self.baselines.items()}}.items():
+                rows[f"{concept}: {name}"] = self._row(concept, cut)
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("what is cut")
 
     def swap_table(self) -> pd.DataFrame:
         golfer, player = self.swapped.crossed.values()
@@ -354,7 +370,7 @@ def run(
     seconds: Mapping[str, float],
     whole: bool = False,
     progress: bool = True,
-    say: Callback | Any = lambda text: None,
+    say: Callable[[str], Any] = lambda text: None,
     **options: Any,
 ) -> Outcome:
     """Decompose, choose, measure.

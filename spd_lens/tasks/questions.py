@@ -46,7 +46,10 @@ class Questions:
         """Log-probabilities of the next token."""
         lots = self.tokens.split(AT_ONCE) if len(self) else ()
         return torch.cat(
-            [torch.empty(0, model.cfg.d_vocab, device=self.tokens.device), *(model.run_with_hooks(lot, fwd_hooks=list(hooks))[:, -1].log_softmax(-1) for lot in lots)]
+            [
+                torch.empty(0, model.cfg.d_vocab, device=self.tokens.device),
+                *(model.run_with_hooks(lot, fwd_hooks=list(hooks))[:, -1].log_softmax(-1) for lot in lots),
+            ]
         )
 
     def probabilities(self, model: Any, hooks: Sequence[Hook] = ()) -> Float[Tensor, " N"]:

@@ -1,4 +1,4 @@
-"""Several runs of the induction task that answer a question together: over seeds, with parts of the recipe off, with one setting varied.
+"""Several runs of a task, most of all the induction task, that answer a question together: over seeds, with parts of the recipe off, with one setting varied.
 
 A study is a mapping from a run's name to its `SPDConfig`, whose seed is the target's too; what its runs found (`Outcome.figures`) becomes one table.
 """
@@ -94,7 +94,7 @@ def finished(results: Path, config: SPDConfig) -> dict[str, float | int] | None:
     return saved["figures"] if saved["config"] == json.loads(json.dumps(config.to_json())) else None
 
 
-def table(found: Mapping[str, Mapping[str, float | int]]) -> pd.DataFrame:
+def table(found: Mapping[str, Mapping[str, float | int]], goals: Mapping[str, tuple[str, str, str]] = GOALS) -> pd.DataFrame:
     """A row per figure, a column per run; where they are several runs of one thing (`seed …`), also median and range; and the goals."""
     frame = pd.DataFrame(found)
     shown = frame.map(_number)
@@ -102,7 +102,7 @@ def table(found: Mapping[str, Mapping[str, float | int]]) -> pd.DataFrame:
         shown["median"] = frame.median(axis=1).map(_number)
         shown["range"] = frame.min(axis=1).map(_number) + " … " + frame.max(axis=1).map(_number)
     for column, heading in enumerate(("paper", "replication", "goal")):
-        shown[heading] = [GOALS.get(str(name), ("",) * 3)[column] for name in frame.index]
+        shown[heading] = [goals.get(str(name), ("",) * 3)[column] for name in frame.index]
     return shown.rename_axis("figure")
 
 

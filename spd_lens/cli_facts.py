@@ -1,0 +1,126 @@
+"""`spd-lens facts` and `spd-lens entangled`: parse, call, print."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spd_lens.config import SPDConfig
+from spd_lens.errors import SPDError
+from spd_lens.report import REPORT_BYTES, facts_page, facts_study_page
+from spd_lens.sites import find_sites
+from spd_lens.storage import check_writable, write_text
+from spd_lens.tables import print_table
+from spd_lens.tasks import athletes, facts, study
+
+NUMBERS = 40  # of a subcomponent, for the room that its decomposition takes
+
+
+def add_facts(commands: Any) -> None:
+    default = facts.config()
+    parser = commands.add_parser("facts", help="golf and basketball: cut a fact out of a language model, or exchange two",
+                                 description=facts.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/facts"), help="folder for decomposition/, target/, report.html, results.json (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the target, the held-out half and the decomposition (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="this many seeds from --seed on, a target and a decomposition each; one table"
+    )
+    parser.add_argument("--prompts", choices=("two", "whole"), default="two",
+                        help="decompose on the two sentences of the paper, or on one about every athlete that is not held out (%(default)s)")  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="a model of the hub, as gpt2, instead of a target trained here")
+    parser.add_argument("--steps", type=int, help=f"training steps of the decomposition ({default.steps})")
+    parser.add_argument("--subcomponents", type=int, help=f"per matrix ({default.subcomponents})")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run in --out; of several runs, with "
+                        "those that are not finished")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(call=_facts)
+
+
+def _facts(options: argparse.Namespace, console: Console) -> None:
+    changes = {name: getattr(options, name) for name in ("steps", "subcomponents") if getattr(options, name) is not None}
+    config = facts.config(**changes, seed=options.seed)
+    check_writable(options.out, REPORT_BYTES * (1 + (options.seeds or 0)))
+    if options.seeds is None:
+        outcome = _run(options.out, config, options, console)
+        _tell(console, outcome, options.out)
+        return
+    found: dict[str, dict[str, float | int]] = {}
+    for name, its_config in study.over_seeds(options.seeds, config).items():
+        folder = options.out / name.replace(" ", "-")
+        console.print(f"[bold]{name}[/]")
+        figures = study.finished(folder / "results.json", its_config) if options.resume else None
+        found[name] = figures or _run(folder, its_config, options, console).figures()
+    table = study.table(found, facts.goals(found))
+    write_text(options.out / "study.json", json.dumps(found, indent=1))
+    write_text(options.out / "study.html", facts_study_page(table, found))
+    print_table(console, table, "Golf and basketball over seeds; beside them what arXiv 2511.08854 reports, and what we set out to reach")
+    console.print(f"See {options.out / 'study.html'}")
+
+
+def _run(out: Path, config: SPDConfig, options: argparse.Namespace, console: Console) -> facts.Outcome:
+    """Train a target where there is none yet, decompose it, measure, and write it all down."""
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists() and not options.resume:
+        raise SPDError(f"{checkpoint} is left from an interrupted run; go on from it with --resume, delete it, or give another --out.")
+    start = time.perf_counter()
+    if options.model is not None:
+        model = _from_hub(options.model)
+    elif options.resume and (out / "target").exists():
+        model = athletes.load_target(out / "target")
+    else:
+        console.print(f"training the target (seed {config.seed}) …")
+        out.mkdir(parents=True, exist_ok=True)
+        model = athletes.train_target(config.seed, progress=not options.quiet)
+        (out / "target").mkdir(exist_ok=True)
+        athletes.save_target(model, out / "target", config.seed)
+    target = time.perf_counter() - start
+    check_writable(out, 12 * NUMBERS * sum(site.d_in + site.d_out for site in find_sites(model).values()))
+    try:
+        outcome = facts.run(model, config, {"target": target}, options.prompts == "whole", not options.quiet, console.print,
+                            checkpoint=checkpoint, resume=options.resume)  # fmt: skip
+    except KeyboardInterrupt:
+        console.print(f"interrupted; the checkpoint is in {checkpoint}. Go on with the same command and --resume")
+        raise
+    outcome.decomposition.save(out / "decomposition")
+    write_text(out / "results.json", json.dumps(outcome.results(), indent=1))
+    write_text(out / "report.html", facts_page(outcome))
+    checkpoint.unlink(missing_ok=True)
+    return outcome
+
+
+def _from_hub(name: str) -> Any:
+    """A model of the hub, in the class that this transformer-lens has.
+
+    Raises:
+        SPDError: it is neither in the local cache nor to be had.
+    """
+    try:
+        try:
+            from transformer_lens import HookedTransformer
+
+            return HookedTransformer.from_pretrained(name, device="cpu")
+        except ImportError:
+            from transformer_lens.model_bridge import TransformerBridge
+
+            return TransformerBridge.boot_transformers(name, device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SPDError(f"the weights and the tokenizer of {name!r} are missing: they are not in the local cache, and the hub did not give "
+                       f"them ({first}). Run this once where the hub can be reached, with HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE unset; or "
+                       "leave --model out, and a target is trained here.") from error  # fmt: skip
+
+
+def _tell(console: Console, outcome: facts.Outcome, out: Path) -> None:
+    print_table(console, outcome.suppression_table(), "Cut out of the original weights; beside it arXiv 2511.08854 on GPT-2-small")
+    print_table(console, outcome.comparison_table(), "The same cut of other things")
+    print_table(console, outcome.swap_table(), "Two output directions exchanged at a time: athletes exchange sports")
+    print_table(console, outcome.verification_table(), "Can the decomposition be trusted? On the prompts; KL in nats, without the delta")
+    for concept, frame in outcome.described.items():
+        print_table(console, frame, f"What was cut for {concept}")
+    parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in outcome.seconds.items())
+    console.print(f"{sum(outcome.seconds.values()):.0f} s in all ({parts}). See {out / 'report.html'}")
