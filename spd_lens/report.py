@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from spd_lens import viz
 from spd_lens.metrics import CHEAT, Verification
+from spd_lens.tasks.entangled import Outcome as Entangled
 from spd_lens.tasks.facts import Outcome as Facts
 from spd_lens.tasks.induction import PAPER, Outcome
 
@@ -212,11 +213,63 @@ def facts_page(outcome: Facts) -> str:
     return page("Golf and basketball in rank-one subcomponents", lead, sections)
 
 
-def facts_study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int]]) -> str:
-    """The report of `spd-lens facts --seeds`."""
+def entangled_page(outcome: Entangled) -> str:
+    """The report of `spd-lens entangled`."""
+    names = list(outcome.active)
+    answers = {
+        f"{concept}: its answer": {
+            name: {f"answer about {concept}": value}
+            for name, value in {
+                "original": next(iter(outcome.effects.values())).answers[concept][0],
+                **{f"{other} cut": effect.answers[concept][1] for other, effect in outcome.effects.items()},
+            }.items()
+        }
+        for concept in names
+    }
+    sections: list[tuple[str, str, Any]] = [
+        (
+            "What is cut, and what stays",
+            "Probability of the answer about the pair, the colour and the fruit, each at its own prompt, after each one's subcomponents are taken out of "
+            "the original weights.",
+            viz.answer_bars(answers),
+        ),
+        (
+            "Told apart?",
+            "How many subcomponents are active (g > 0.5) at any position of each prompt, on it alone, and together with each of the other two. Read the "
+            "count together with the checks at the end.",
+            outcome.told_apart_table(),
+        ),
+        (
+            "Cut alone",
+            "Probability of each answer before → after; accuracy on held-out pairs that share a part with the concept, and on those that share none; KL in "
+            "nats per token of unrelated text.",
+            outcome.cut_table(),
+        ),
+        ("What was cut", "By site and index.", outcome.cut_list()),
+        (
+            "Can the decomposition be trusted?",
+            "On the three prompts, KL(original ‖ masked) in nats at the last position, without the delta. A targeted decomposition leaves the rest of each "
+            "matrix to the delta, so that V·U is far from W.",
+            outcome.verification_table(),
+        ),
+        ("Training", "Unweighted losses and active subcomponents on the prompts.", viz.training_curves(outcome.decomposition.history)),
+        (
+            "Settings",
+            "Everything that made this run.",
+            pd.DataFrame({"value": {k: str(v) for k, v in outcome.decomposition.config.to_json().items()}}).rename_axis("setting"),
+        ),
+    ]
+    if warning := cheat_warning(outcome.verification):
+        sections.insert(0, ("Warning: this count is a cheat", warning, None))
+    lead = f"Seed {outcome.seed}: {outcome.distinct} subcomponents are active on the prompts; {outcome.verification.beside_a_count}."
+    return page(f"“{names[0]}” in rank-one subcomponents", lead, sections)
+
+
+def cuts_study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int]]) -> str:
+    """The report of `spd-lens facts --seeds` and `spd-lens entangled --seeds`."""
     lead = f"{len(found)} runs: {', '.join(found)}, each with a target of its own, and with a report of its own in the folder beside this page."
     explanation = (
-        "Fall: share of the probability of the sport that is gone when its subcomponents are cut; other sport: change of the other's; accuracy: "
-        "change of the share of right answers about held-out athletes; inverse: relative change; KL in nats per token of unrelated text."
+        "Fall: share of the probability of the answer that is gone when its subcomponents are cut; accuracy: change of the share of right answers "
+        "on what was held out; inverse: relative change; KL in nats per token of unrelated text."
     )
-    return page("Golf and basketball over seeds", lead, [("All figures", explanation, table)])
+    return page("What is cut and what stays, over seeds", lead, [("All figures", explanation, table)])

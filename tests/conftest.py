@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from spd_lens import SPDConfig, decompose
+from spd_lens.tasks import athletes, fruits, language, surgery
 from tests import zoo
 
 torch.set_num_threads(1)  # two workers share two cores; more threads wait for each other
@@ -48,3 +49,37 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system is not allowed here")
     yield place
     subprocess.run(["umount", place], check=True)
+
+
+# --- worlds small enough to be learnt in seconds, and models that know them ---
+
+
+@pytest.fixture(scope="session")
+def small():
+    """Targets of 2 narrow layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"LAYERS": 2, "WIDTH": 64, "HEADS": 2, "BATCH": 16, "VOCABULARY": 400}.items():
+            patch.setattr(language, name, value)
+        patch.setattr(language.learn_tokenizer, "__defaults__", (400,))
+        yield patch
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Few things are tried."""
+    for name, value in {"POOL": 6, "MOST": 3}.items():
+        monkeypatch.setattr(surgery, name, value)
+
+
+@pytest.fixture(scope="session")
+def athlete_model(small):
+    few = {sport: athletes.ATHLETES[sport][:3] for sport in ("golf", "basketball", "tennis")}
+    small.setattr(athletes, "ATHLETES", few)
+    return athletes.train_target(0, steps=400, progress=False)
+
+
+@pytest.fixture(scope="session")
+def fruit_model(small):
+    for name in ("MEANINGS", "PLACES"):
+        small.setattr(fruits, name, dict(list(getattr(fruits, name).items())[:3]))
+    return fruits.train_target(0, steps=600, progress=False)

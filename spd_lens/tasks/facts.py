@@ -12,6 +12,7 @@
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -186,11 +187,6 @@ class Cut:
         return cls(chosen, effect_of(s, d.ablate(grouped(chosen))))
 
 
-def config(**changes: Any) -> SPDConfig:
-    """The library's targeted recipe on every matrix; `changes` override."""
-    return SPDConfig.targeted(**changes)
-
-
 def alone(config: SPDConfig) -> SPDConfig:
     """The same without a background: what the prompts alone teach."""
     return config.replace(weights={name: weight for name, weight in config.weights.items() if not name.startswith("background")})
@@ -206,7 +202,7 @@ def neurons(s: Setting) -> Decomposition:
     """The MLPs' neurons as subcomponents of the matrices that they write with: `v_c` picks one, `u_c` is its row."""
     sites = find_sites(s.model, "blocks.*.mlp.W_out")
     own = {name: Components(torch.eye(site.d_in, device=site.weight.device), site.weight.clone()) for name, site in sites.items()}
-    return Decomposition(s.model, sites, own, {}, config(steps=0))
+    return Decomposition(s.model, sites, own, {}, SPDConfig.targeted(steps=0))
 
 
 def singular_directions(s: Setting) -> Decomposition:
@@ -216,7 +212,7 @@ def singular_directions(s: Setting) -> Decomposition:
     for name, site in sites.items():
         left, values, right = torch.linalg.svd(site.weight, full_matrices=False)
         own[name] = Components(left * values.sqrt(), values.sqrt()[:, None] * right)
-    return Decomposition(s.model, sites, own, {}, config(steps=0))
+    return Decomposition(s.model, sites, own, {}, SPDConfig.targeted(steps=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -417,7 +413,9 @@ def suppressed(s: Setting, d: Decomposition, concept: str, pool: Sequence[One] |
 def baselines(s: Setting, d: Decomposition, cuts: Mapping[str, Cut], config: SPDConfig, progress: bool) -> dict[str, dict[str, Cut]]:
     """The same cut of other things: as many at random or by attribution, or chosen in the same way."""
     single, singular = neurons(s), singular_directions(s)
-    untargeted = decompose(s.model, s.prompts, alone(config), progress=progress)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*leave a part of it to the delta")  # as the targeted one does
+        untargeted = decompose(s.model, s.prompts, alone(config), progress=progress)
     found: dict[str, dict[str, Cut]] = {}
     for concept, cut in cuts.items():
         asked, many = s.asked[concept], len(cut.chosen)

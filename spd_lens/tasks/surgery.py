@@ -73,20 +73,20 @@ def grouped(chosen: Iterable[One]) -> dict[str, list[int]]:
     return by_site
 
 
-def candidates(d: Decomposition, question: Questions, pool: Sequence[One], most: int = POOL) -> list[One]:
+def candidates(d: Decomposition, question: Questions, pool: Sequence[One], most: int | None = None) -> list[One]:
     """Those whose cut alone lowers the log-probability of the answer most, each measured by cutting it."""
     effect = {one: float(question.probabilities(d.model, d.ablate(grouped([one]))).log().mean()) for one in pool}
-    return sorted(pool, key=lambda one: effect[one])[:most]
+    return sorted(pool, key=lambda one: effect[one])[: most or POOL]
 
 
-def first_by_attribution(d: Decomposition, question: Questions, most: int = POOL) -> list[One]:
+def first_by_attribution(d: Decomposition, question: Questions, most: int | None = None) -> list[One]:
     """Those that one backward pass says the answer's log-probability would lose most without."""
 
     def answer(logits: Tensor) -> Tensor:
         return logits[:, -1].log_softmax(-1).gather(1, question.answers[:, None]).mean()
 
     table = attribution(d, question.tokens, answer).sort_values("effect")
-    return list(zip(table["site"], table["subcomponent"]))[:most]
+    return list(zip(table["site"], table["subcomponent"]))[: most or POOL]
 
 
 def choose_cut(d: Decomposition, question: Questions, pool: Sequence[One], guard: Guard) -> list[One]:
