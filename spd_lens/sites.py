@@ -212,6 +212,9 @@ class _HookedTransformerLayout:
     model: Any
     _known: tuple[str, ...] = field(default=("MLP", "GatedMLP"), init=False)
 
+    def registries(self) -> list[dict[str, Any]]:
+        return [self.model.hook_dict, self.model.mod_dict]
+
     def names(self) -> list[str]:
         names = []
         for layer, block in enumerate(self.model.blocks):
@@ -281,6 +284,9 @@ class _HookedTransformerLayout:
 @dataclass
 class _BridgeLayout:
     model: Any
+
+    def registries(self) -> list[dict[str, Any]]:
+        return [self.model._hook_registry]
 
     def names(self) -> list[str]:
         names = []
@@ -360,6 +366,11 @@ def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:
     if weight.ndim == 3:
         weight = rearrange(weight, "h dh d -> (h dh) d" if name.endswith("W_O") else "h d dh -> d (h dh)")
     return Site(name, weight, None if bias is None else bias.detach().flatten(), heads)
+
+
+def hook_registries(model: Any) -> list[dict[str, Any]]:
+    """The tables, name → hook point, in which the model's own methods look; made anew by `setup()` and compatibility mode."""
+    return layout_of(model).registries()
 
 
 def model_device(model: Any) -> torch.device:

@@ -30,14 +30,14 @@ def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, 
         sites: from `find_sites`.
         rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
             leave the output as it is.
-        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`.
+        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`; asked at every pass.
     """
     layout = layout_of(model)
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
     for name, rewrite in rewrites.items():
         wire = layout.wire(sites[name])
-        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, name in replacing and wire.idle is not None))
+        blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, replacing))
     hook_points = model.hook_dict
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
@@ -55,6 +55,7 @@ class _Visit:
 
     wire: Wire
     rewrite: Rewrite
+    replacing: Collection[str] = ()
     skips: bool = False
     read: Tensor | None = None
     wake: Callable[[], None] | None = None
@@ -62,6 +63,10 @@ class _Visit:
     @property
     def hook_names(self) -> list[str]:
         return [name for name in (self.wire.read, self.wire.write) if isinstance(name, str)]
+
+    @property
+    def replaces(self) -> bool:
+        return self.wire.site.name in self.replacing
 
     def disarm(self) -> None:
         self.end_skip()
@@ -195,6 +200,9 @@ class _Arrive:
         self.disarm()
         for watch in self.watches:
             watch.begin()
+        for visit in self.visits:  # what one of several rewrites of a matrix looks at has to be computed
+            there = [handle.user_hook for handle in self.points[visit.wire.write].fwd_hooks]
+            visit.skips = visit.wire.idle is not None and all(f.visit.replaces for f in there if isinstance(f, _Override))
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
             own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]

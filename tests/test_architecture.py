@@ -8,7 +8,7 @@ from pathlib import Path
 import spd_lens
 
 PACKAGE = Path(spd_lens.__file__).parent
-ORDER = ["errors", "schema", "guards", "config", "sites", "visits", "ranks", "components", "importance", "masks", "suffix", "decomposition", "curvature",
+ORDER = ["errors", "schema", "guards", "config", "sites", "visits", "ranks", "components", "importance", "masks", "suffix", "attachment", "decomposition", "curvature",
          "losses", "retirement", "metrics", "diagnostics", "storage", "batches", "training", "tasks", "tasks.induction", "tasks.study", "bench.measure", "bench.models", "bench.step", "bench.forward", "bench.growth", "bench", "bench.__main__",
          "viz", "report", "cli_bench", "cli", "__main__"]  # fmt: skip
 
