@@ -220,7 +220,7 @@ class Decomposition:
 
     def run_with_cache(
         self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 0.0, **options: Any
-    ) -> tuple[Tensor, ActivationCache]:
+    ) -> tuple[Any, ActivationCache | dict[str, Any]]:
         """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache.
 
         Args:
