@@ -1,14 +1,15 @@
 """Our hooks on a model, for a while: put on, watched over, taken off. The only file that attaches hooks.
 
-1. `attached_hooks` puts `(hook name, function)` pairs on and takes exactly these off again. At every block it looks whether they are still
-   there: a model whose hook points were exchanged meanwhile (SAELens, `setup()`) would go on silently without them.
-2. `Attachment` gives a model two more HookPoints a site, `<site>.hook_spd_acts` and `<site>.hook_spd_ci`, and lets the site write what the
+1. `rewritten` attaches what `spd_lens.visits` makes of rewrites, and takes exactly that off again.
+2. `guarded` looks at every block whether our hooks are still there: a model whose hook points were exchanged meanwhile (SAELens, `setup()`)
+   would go on silently without them.
+3. `Attachment` gives a model two more HookPoints a site, `<site>.hook_spd_acts` and `<site>.hook_spd_ci`, and lets the site write what the
    user's hooks made of them:
 
        y + ((a' ∘ m) - a)·U        a = x·V;  a' is a after the hooks;  m = 1 where the importance was left as it was, else the user's value
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,28 +21,61 @@ from transformer_lens.hook_points import HookPoint
 from spd_lens.components import Components, masked_output
 from spd_lens.errors import SPDError
 from spd_lens.importance import Importance, lower_leaky
-from spd_lens.sites import Hook, Passage, Rewrite, Site, hook_registries
-from spd_lens.visits import disarm
+from spd_lens.sites import Hook, Passage, Rewrite, Site, hook_registries, writes_to
+from spd_lens.visits import disarm, rewrite_hooks
 
 ACTS, IMPORTANCE = "hook_spd_acts", "hook_spd_ci"  # after the site's name
 ALL_ON: tuple[Mapping[str, Tensor], float] = ({}, 1.0)
 
 
 @contextmanager
-def attached_hooks(model: Any, hooks: Sequence[Hook], permanent: bool = False) -> Iterator[None]:
-    """The model with these hooks on; on the way out everything is as it was, also after an exception. Permanent ones survive `reset_hooks()`."""
-    points = model.hook_dict  # once: TransformerBridge makes it anew, for every hook, when its own `hooks` is asked to attach
+def rewritten(
+    model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, Rewrite], replacing: Collection[str] = (), permanent: bool = False
+) -> Iterator[list[Hook]]:
+    """The model with the rewrites on (see `rewrite_hooks`); on the way out everything is as it was, also after an exception.
+
+    Args:
+        permanent: our hooks survive `model.reset_hooks()`.
+    """
+    with _doors(model, [sites[name] for name in rewrites]):
+        hooks = rewrite_hooks(model, sites, rewrites, replacing)
+        points = model.hook_dict  # once: TransformerBridge makes it anew, for every hook, when its own `hooks` is asked to attach
+        try:
+            for name, function in hooks:
+                points[name].add_hook(function, is_permanent=permanent)
+            yield hooks
+        finally:
+            disarm(hooks)
+            ours = {id(function) for _, function in hooks}
+            for name in dict(hooks):
+                for handle in [handle for handle in points[name].fwd_hooks if id(handle.user_hook) in ours]:
+                    handle.hook.remove()
+                    points[name].fwd_hooks.remove(handle)
+
+
+@contextmanager
+def _doors(model: Any, sites: Sequence[Site]) -> Iterator[None]:
+    """Where a module has taken the place of the hook point that a site writes (SAELens: an SAE), a hook point before it, under the old name."""
+    opened, tables = [], hook_registries(model)
+    for name in {writes_to(model, site) for site in sites}:
+        if isinstance(module := tables[-1].get(name), torch.nn.Module) and not isinstance(module, HookPoint):
+            door = HookPoint()
+            door.name = name
+            handle = module.register_forward_pre_hook(lambda _, arguments, door=door: (door(arguments[0]), *arguments[1:]))
+            opened.append((name, door, handle, [table.get(name) for table in tables]))
     try:
-        for name, function in hooks:
-            points[name].add_hook(function, is_permanent=permanent)
+        for name, door, _, _ in opened:
+            for table in tables:
+                table[name] = door
         yield
     finally:
-        disarm(hooks)
-        ours = {id(function) for _, function in hooks}
-        for name in dict(hooks):
-            for handle in [handle for handle in points[name].fwd_hooks if id(handle.user_hook) in ours]:
-                handle.hook.remove()
-                points[name].fwd_hooks.remove(handle)
+        for name, door, handle, before in opened:
+            handle.remove()
+            for table, value in zip(hook_registries(model), before):
+                if table.get(name) is door and value is None:
+                    del table[name]
+                elif table.get(name) is door:
+                    table[name] = value
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from spd_lens.attachment import Attachment, attached_hooks, guarded
+from spd_lens.attachment import Attachment, guarded, rewritten
 from spd_lens.components import Components, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
@@ -210,8 +210,8 @@ class Decomposition:
         self._check_device()
         new = Attachment(self.model, self.sites, self.components, self.gates)
         with new.registered(), new.set_to(masks, delta):
-            hooks = rewrite_hooks(self.model, self.sites, new.rewrites(), replacing=new.replacing)
-            with attached_hooks(self.model, hooks, permanent=True), guarded(self.model, hooks, new.points):
+            on = rewritten(self.model, self.sites, new.rewrites(), new.replacing, permanent=True)
+            with on as hooks, guarded(self.model, hooks, new.points):
                 self._attachment = new
                 try:
                     yield self.model
@@ -335,8 +335,7 @@ class Decomposition:
             return rewrite
 
         self._check_device()
-        hooks = rewrite_hooks(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing)
-        with attached_hooks(self.model, hooks):
+        with rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
             logits = self.model(tokens, return_type="logits")
         for name in rewrites:
             if name not in reached:

@@ -255,6 +255,7 @@ class _HookedTransformerLayout:
         gated = hasattr(block, "mlp") and hasattr(block.mlp, "W_gate")
         part = block.attn if site.kind in ATTENTION else block.mlp
         within = dict(within=part)
+        mlp_input = f"{base}.mlp.hook_in" if hasattr(part, "hook_in") else 0  # SAELens' HookedSAETransformer adds that hook
         idle = dict(within=part, idle=Idle(part, self._narrowed(part, site.kind, gated)))
         match site.kind:
             case "W_Q" | "W_K" | "W_V":
@@ -268,9 +269,9 @@ class _HookedTransformerLayout:
             case "W_out":
                 return Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out", **idle)
             case "W_in" if gated:  # b_in is added later, on the way to hook_post
-                return Wire(site, entry, 0, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
+                return Wire(site, entry, mlp_input, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
             case _:
-                return Wire(site, entry, 0, f"{base}.mlp.hook_pre", **idle)
+                return Wire(site, entry, mlp_input, f"{base}.mlp.hook_pre", **idle)
 
     @staticmethod
     def _narrowed(part: nn.Module, kind: str, gated: bool) -> Callable[[], dict[str, Any]]:
@@ -371,6 +372,11 @@ def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:
 def hook_registries(model: Any) -> list[dict[str, Any]]:
     """The tables, name → hook point, in which the model's own methods look; made anew by `setup()` and compatibility mode."""
     return layout_of(model).registries()
+
+
+def writes_to(model: Any, site: Site) -> str:
+    """The hook point that carries what the site writes."""
+    return layout_of(model).wire(site).write
 
 
 def model_device(model: Any) -> torch.device:

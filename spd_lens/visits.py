@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,13 +32,17 @@ def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, 
             leave the output as it is.
         replacing: sites whose rewrite always returns an output and never looks at `Passage.y`; asked at every pass.
     """
-    layout = layout_of(model)
+    layout, hook_points = layout_of(model), model.hook_dict
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
     for name, rewrite in rewrites.items():
         wire = layout.wire(sites[name])
+        if wire.write not in hook_points:
+            raise SPDError(f"{name}: the model has no hook point {wire.write} any more; something has taken its place (an SAE of SAELens?). "
+                           "Give the hooks to the model before that, or use `with decomposition.attached():` after it.")  # fmt: skip
+        read = wire.read if isinstance(wire.read, int) else _through(wire.read, hook_points)
+        wire = replace(wire, entry=_through(wire.entry, hook_points), read=read)
         blocks.setdefault(wire.entry, []).append(_Visit(wire, rewrite, replacing))
-    hook_points = model.hook_dict
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
         pairs.append((entry, _Arrive(visits, points)))
@@ -47,6 +51,12 @@ def rewrite_hooks(model: Any, sites: Mapping[str, Site], rewrites: Mapping[str, 
                 pairs.append((visit.wire.read, _Capture(visit)))
             pairs.append((visit.wire.write, _Override(visit)))
     return pairs
+
+
+def _through(name: str, hook_points: Mapping[str, HookPoint]) -> str:
+    """Where what flows on at a hook point is seen: an SAE of SAELens takes the point's place and has one of its own at its end."""
+    inside = f"{name}.hook_sae_output"
+    return inside if name not in hook_points and inside in hook_points else name
 
 
 @dataclass(eq=False)
