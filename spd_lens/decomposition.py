@@ -1,4 +1,4 @@
-"""A model and the subcomponents of its matrices: observe, run, hooks. The only file that attaches hooks.
+"""A model and the subcomponents of its matrices: observe, run, hooks, attached.
 
 One batch's way: tokens `[b, s]` → *observe* (clean pass: logits, the input of every site) → *inner* `x·V` → *importance* →
 masks → *run* (each site writes `((x·V) ∘ mask)·U + bias + δ·x·(W - V·U)`) → masked logits.
@@ -15,17 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from spd_lens.attachment import Attachment, guarded, rewritten
 from spd_lens.components import Components, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
 from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
-from spd_lens.visits import disarm, rewrite_hooks
+from spd_lens.visits import rewrite_hooks
 
 TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
-
-ACTS, IMPORTANCE = "hook_spd_acts", "hook_spd_ci"  # names in the cache, after the site's
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +80,7 @@ class Decomposition:
     config: SPDConfig
     steps_done: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    _attachment: Attachment | None = field(default=None, init=False)
 
     # --- looking ---
 
@@ -178,41 +178,60 @@ class Decomposition:
         """
         return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta), replacing=masks)
 
+    @contextmanager
+    def attached(self, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 1.0) -> Iterator[Any]:
+        """While it lasts, the model itself has two more hook points a site, `<site>.hook_spd_acts` and `<site>.hook_spd_ci`, `[b, s, C]`:
+        its `run_with_cache`, `run_with_hooks`, `hooks(…)` and `generate` know them, and hooks on them may change them.
+
+        Where nothing is changed, the logits are exactly what they were. A changed inner activation is written instead of the original one.
+        A changed importance is the subcomponent's mask from then on: 0 ablates it, as `ablate` does. An importance of 0 is shown as the
+        smallest positive number, so that a 0 is known for somebody's. Gradients reach what a hook saw: that by an importance is the
+        gradient by the mask. The decomposition itself is held fixed.
+
+        Hooks on these points end with the outermost `with`; `model.reset_hooks()` inside leaves ours where they are. Under `generate` with
+        a key/value cache the importance functions see the tokens of one pass alone: after the prompt, one at a time.
+
+        Args:
+            masks: site → tensor that broadcasts to `[b, s, C]`: the model runs as in `run(tokens, masks, delta)`, and a changed importance
+                takes the place of the mask's value. None: everything on; inside another `attached` of this decomposition: what holds there.
+            delta: how much of `W - V·U` is added back at the sites that the masks name (without masks: at all sites).
+
+        Yields:
+            the model.
+
+        Raises:
+            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites.
+        """
+        if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
+            masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
+        self.check_masks(masks or {})
+        if self._attachment is not None:
+            with self._attachment.set_to(masks, delta):
+                yield self.model
+            return
+        self._check_device()
+        new = Attachment(self.model, self.sites, self.components, self.gates)
+        with new.registered(), new.set_to(masks, delta):
+            on = rewritten(self.model, self.sites, new.rewrites(), new.replacing, permanent=True)
+            with on as hooks, guarded(self.model, hooks, new.points):
+                self._attachment = new
+                try:
+                    yield self.model
+                finally:
+                    self._attachment = None
+
     def run_with_cache(
         self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 0.0, **options: Any
-    ) -> tuple[Tensor, ActivationCache]:
+    ) -> tuple[Any, ActivationCache | dict[str, Any]]:
         """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache.
 
         Args:
             masks: as in `run`; None leaves the model as it is.
-            options: `run_with_cache`'s own; a `names_filter` applies to the two names as well.
+            options: `run_with_cache`'s own, e.g. `names_filter`, `stop_at_layer`, `pos_slice`.
         """
         tokens = self.tokens(tokens)
-        inputs: dict[str, Tensor] = {}
-        replace = self._replacements(masks or {}, delta)
-
-        def both(name: str) -> Rewrite:
-            def rewrite(passage: Passage) -> Tensor | None:
-                inputs[name] = passage.x.detach()
-                return replace[name](passage) if name in replace else None
-
-            return rewrite
-
-        wanted = _names_filter(options.get("names_filter"))
-        if isinstance(names := options.get("names_filter"), (str, list, tuple)):  # the model does not know our names
-            asked = [names] if isinstance(names, str) else names
-            options["names_filter"] = [name for name in asked if name.rsplit(".", 1)[-1] not in (ACTS, IMPORTANCE)]
-        with self._attached({name: both(name) for name in self.sites}, replacing=replace):
-            logits, cache = self.model.run_with_cache(tokens, **options)
-        with torch.no_grad():
-            inner, z = self.importance_logits(inputs)
-        entries = cache.cache_dict if isinstance(cache, ActivationCache) else cache
-        for name in inputs:
-            for suffix, value in ((ACTS, inner[name]), (IMPORTANCE, lower_leaky(z[name]))):
-                if wanted(f"{name}.{suffix}"):
-                    drop = options.get("remove_batch_dim", False) and value.shape[0] == 1
-                    entries[f"{name}.{suffix}"] = (value[0] if drop else value).detach()
-        return logits, cache
+        with self.attached(masks, 1.0 if masks is None else delta):
+            return self.model.run_with_cache(tokens, **options)
 
     # --- changing the original weights ---
 
@@ -346,38 +365,27 @@ class Decomposition:
         if name not in self.sites:
             raise SPDError(f"{name!r} is not decomposed here; {nearest(name, self.sites)}.")
 
-    def _replacements(self, masks: Mapping[str, Tensor], delta: float | int | Tensor) -> dict[str, Rewrite]:
-        def replace(name: str) -> Rewrite:
+    def check_masks(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
             self._check_site(name)
-            C, mask = self.components[name].C, masks[name]
+            C = self.components[name].C
             if not isinstance(mask, Tensor) or (mask.ndim and mask.shape[-1] not in (1, C)) or mask.ndim > 3:
                 given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
                 raise SPDError(f"{name}: the mask has {given}; it has to be a tensor that broadcasts to [b, s, {C}].")
+
+    def _replacements(self, masks: Mapping[str, Tensor], delta: float | int | Tensor) -> dict[str, Rewrite]:
+        def replace(name: str, mask: Tensor) -> Rewrite:
             return lambda passage: masked_output(self.components[name], self.sites[name], passage, mask, delta)
 
-        return {name: replace(name) for name in masks}
+        self.check_masks(masks)
+        return {name: replace(name, mask) for name, mask in masks.items()}
 
-    @contextmanager
-    def _attached(self, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Iterator[None]:
-        """The model with the rewrites on; on the way out everything is as it was, also after an exception."""
+    def _check_device(self) -> None:
         own = [c.V for c in self.components.values()] or [site.weight for site in self.sites.values()]  # before there are any components
         here, there = own[0].device, model_device(self.model)
         if here != there:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
-        hooks = rewrite_hooks(self.model, self.sites, rewrites, replacing)
-        points = self.model.hook_dict  # once: TransformerBridge makes it anew, for every hook, when its own `hooks` is asked to attach
-        try:
-            for name, function in hooks:
-                points[name].add_hook(function)
-            yield
-        finally:
-            disarm(hooks)
-            ours = {id(function) for _, function in hooks}
-            for name in dict(hooks):
-                for handle in [handle for handle in points[name].fwd_hooks if id(handle.user_hook) in ours]:
-                    handle.hook.remove()
-                    points[name].fwd_hooks.remove(handle)
 
     def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         reached = set()
@@ -389,7 +397,8 @@ class Decomposition:
 
             return rewrite
 
-        with self._attached({name: noting(name) for name in rewrites}, replacing):
+        self._check_device()
+        with rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
             logits = self.model(tokens, return_type="logits")
         for name in rewrites:
             if name not in reached:
@@ -419,11 +428,3 @@ def check_tokens(model: Any, tokens: Any) -> Int[Tensor, "b s"]:
     if low < 0 or high >= vocabulary:
         raise SPDError(f"token ids run from {low} to {high}; the model's vocabulary is 0 … {vocabulary - 1}. Another tokenizer's?")
     return tokens.to(model_device(model), torch.long)
-
-
-def _names_filter(names: Any) -> Any:
-    if names is None:
-        return lambda name: True
-    if callable(names):
-        return names
-    return (lambda name: name == names) if isinstance(names, str) else (lambda name: name in names)

@@ -214,6 +214,9 @@ class _HookedTransformerLayout:
     model: Any
     _known: tuple[str, ...] = field(default=("MLP", "GatedMLP"), init=False)
 
+    def registries(self) -> list[dict[str, Any]]:
+        return [self.model.hook_dict, self.model.mod_dict]
+
     def names(self) -> list[str]:
         names = []
         for layer, block in enumerate(self.model.blocks):
@@ -266,6 +269,7 @@ class _HookedTransformerLayout:
         gated = hasattr(block, "mlp") and hasattr(block.mlp, "W_gate")
         part = block.attn if site.kind in ATTENTION else block.mlp
         within = dict(within=part)
+        mlp_input = f"{base}.mlp.hook_in" if hasattr(part, "hook_in") else 0  # SAELens' HookedSAETransformer adds that hook
         idle = dict(within=part, idle=Idle(part, self._narrowed(part, site.kind, gated)))
         match site.kind:
             case "W_Q" | "W_K" | "W_V":
@@ -279,9 +283,9 @@ class _HookedTransformerLayout:
             case "W_out":
                 return Wire(site, entry, f"{base}.mlp.hook_post", f"{base}.hook_mlp_out", **idle)
             case "W_in" if gated:  # b_in is added later, on the way to hook_post
-                return Wire(site, entry, 0, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
+                return Wire(site, entry, mlp_input, f"{base}.mlp.hook_pre_linear", bias_in_output=False, **idle)
             case _:
-                return Wire(site, entry, 0, f"{base}.mlp.hook_pre", **idle)
+                return Wire(site, entry, mlp_input, f"{base}.mlp.hook_pre", **idle)
 
     @staticmethod
     def _narrowed(part: nn.Module, kind: str, gated: bool) -> Callable[[], dict[str, Any]]:
@@ -295,6 +299,9 @@ class _HookedTransformerLayout:
 @dataclass
 class _BridgeLayout:
     model: Any
+
+    def registries(self) -> list[dict[str, Any]]:
+        return [self.model._hook_registry]
 
     def names(self) -> list[str]:
         names = []
@@ -393,6 +400,16 @@ def unflattened(name: str, weight: Float[Tensor, "d_in d_out"], like: Tensor) ->
     if like.ndim == 2:
         return weight
     return rearrange(weight, "(h dh) d -> h dh d" if name.endswith("W_O") else "d (h dh) -> h d dh", h=like.shape[0])
+
+
+def hook_registries(model: Any) -> list[dict[str, Any]]:
+    """The tables, name → hook point, in which the model's own methods look; made anew by `setup()` and compatibility mode."""
+    return layout_of(model).registries()
+
+
+def writes_to(model: Any, site: Site) -> str:
+    """The hook point that carries what the site writes."""
+    return layout_of(model).wire(site).write
 
 
 def model_device(model: Any) -> torch.device:

@@ -32,24 +32,28 @@ def rewrite_hooks(
         sites: from `find_sites`.
         rewrites: site name → function of a `Passage`. It returns the new output, of the shape of `Passage.y`, or None to
             leave the output as it is.
-        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`.
+        replacing: sites whose rewrite always returns an output and never looks at `Passage.y`; asked at every pass.
         counting: whether `Passage.start` is wanted.
 
     Raises:
         SPDError: `counting` in a block without attention, which alone is told what the key/value cache holds.
     """
-    layout = layout_of(model)
+    layout, hook_points = layout_of(model), model.hook_dict
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
     for name, rewrite in rewrites.items():
         wire = layout.wire(sites[name])
-        visit = _Visit(wire, rewrite, name in replacing)
+        if wire.write not in hook_points:
+            raise SPDError(f"{name}: the model has no hook point {wire.write} any more; something has taken its place (an SAE of SAELens?). "
+                           "Give the hooks to the model before that, or use `with decomposition.attached():` after it.")  # fmt: skip
+        read = wire.read if isinstance(wire.read, int) else _through(wire.read, hook_points)
+        wire = replace(wire, entry=_through(wire.entry, hook_points), read=read)
+        visit = _Visit(wire, rewrite, replacing)
         if counting:
             visit.attention, visit.seen = getattr(model.blocks[wire.site.layer], "attn", None), layout.seen
             if visit.attention is None:
                 raise SPDError(f"{name}: its block has no attention, so positions cannot be told there; leave positions out.")
         blocks.setdefault(wire.entry, []).append(visit)
-    hook_points = model.hook_dict
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
         pairs.append((entry, _Arrive(visits, points)))
@@ -60,13 +64,20 @@ def rewrite_hooks(
     return pairs
 
 
+def _through(name: str, hook_points: Mapping[str, HookPoint]) -> str:
+    """Where what flows on at a hook point is seen: an SAE of SAELens takes the point's place and has one of its own at its end."""
+    inside = f"{name}.hook_sae_output"
+    return inside if name not in hook_points and inside in hook_points else name
+
+
 @dataclass(eq=False)
 class _Visit:
     """One site during one forward pass: what was read, until it is used."""
 
     wire: Wire
     rewrite: Rewrite
-    replaces: bool = False
+    replacing: Collection[str] = ()
+    skips: bool = False
     read: Tensor | None = None
     wake: Callable[[], None] | None = None
     attention: nn.Module | None = None  # is told in its call how many positions came before; None where nobody asks
@@ -77,13 +88,13 @@ class _Visit:
     def hook_names(self) -> list[str]:
         return [name for name in (self.wire.read, self.wire.write) if isinstance(name, str)]
 
+    @property
+    def replaces(self) -> bool:
+        return self.wire.site.name in self.replacing
+
     def disarm(self) -> None:
         self.end_skip()
         self.read = self.start = None
-
-    @property
-    def skips(self) -> bool:
-        return self.replaces and self.wire.idle is not None
 
     @property
     def watched(self) -> list[nn.Module]:
@@ -207,6 +218,12 @@ class _Watch:
         return any(getattr(handle.user_hook, "visit", None) is visit for handle in self.points[visit.wire.write].fwd_hooks)
 
 
+def _precedence(handle: Any) -> int:
+    """What is attached for good makes the model that everything else is applied to; replacing an output comes before changing it."""
+    ours = isinstance(handle.user_hook, _Override)
+    return 0 if ours and handle.is_permanent else 1 if ours and handle.user_hook.visit.replaces else 2
+
+
 class _Arrive:
     """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
 
@@ -225,10 +242,12 @@ class _Arrive:
         self.disarm()
         for watch in self.watches:
             watch.begin()
+        for visit in self.visits:  # what one of several rewrites of a matrix looks at has to be computed
+            there = [handle.user_hook for handle in self.points[visit.wire.write].fwd_hooks]
+            visit.skips = visit.wire.idle is not None and all(f.visit.replaces for f in there if isinstance(f, _Override))
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
-            own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
-            own.sort(key=lambda entry: not (isinstance(entry[1], _Override) and entry[1].visit.replaces))  # others change what it writes
+            own = [(handle.hook.id, handle.user_hook) for handle in sorted(point.fwd_hooks, key=_precedence)]
             for key, function in reversed(own):
                 if isinstance(function, _Override) and key in order:
                     order.move_to_end(key, last=False)

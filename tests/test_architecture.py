@@ -8,7 +8,7 @@ from pathlib import Path
 import spd_lens
 
 PACKAGE = Path(spd_lens.__file__).parent
-ORDER = ["errors", "schema", "guards", "config", "sites", "visits", "weights", "ranks", "components", "importance", "masks", "suffix", "decomposition", "interventions", "patching", "curvature",
+ORDER = ["errors", "schema", "guards", "config", "sites", "visits", "weights", "ranks", "components", "importance", "masks", "suffix", "attachment", "decomposition", "interventions", "patching", "curvature",
          "losses", "retirement", "metrics", "diagnostics", "storage", "batches", "training", "tasks", "tasks.induction", "tasks.study", "tasks.language", "tasks.questions", "tasks.surgery", "tasks.athletes", "tasks.fruits", "tasks.facts", "tasks.entangled",
           "bench.measure", "bench.models", "bench.step", "bench.forward", "bench.growth", "bench", "bench.__main__",
          "viz", "report", "tables", "cli_bench", "cli_facts", "cli", "__main__"]  # fmt: skip
