@@ -216,6 +216,7 @@ class _Arrive:
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
             own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
+            own.sort(key=lambda entry: not (isinstance(entry[1], _Override) and entry[1].visit.replaces))  # others change what it writes
             for key, function in reversed(own):
                 if isinstance(function, _Override) and key in order:
                     order.move_to_end(key, last=False)

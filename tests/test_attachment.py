@@ -204,7 +204,7 @@ class TestTheCachesArguments:
 
     def test_one_sequence_and_a_plain_dict(self, caches, tokens):
         _, both = caches
-        logits, cache = both(tokens[:1], remove_batch_dim=True, return_cache_object=False)
+        _, cache = both(tokens[:1], remove_batch_dim=True, return_cache_object=False)
         assert cache[f"{QUERY}.hook_spd_ci"].shape == (tokens.shape[1], C) and type(cache) is dict
         assert both(tokens[:1], device="cpu")[1][f"{QUERY}.hook_spd_ci"].shape == (1, tokens.shape[1], C)
 
@@ -332,9 +332,8 @@ def test_bad_input(tokens):
         pass
     with pytest.raises(SPDError, match=rf"broadcasts to \[b, s, {C}\]"), d.attached({QUERY: torch.ones(3)}):
         pass
-    with d.attached() as model:
-        with pytest.raises(SPDError, match=r"hook on blocks.0.attn.W_Q.hook_spd_ci returned shape \[3, 11\]"):
-            model.run_with_hooks(tokens, fwd_hooks=[(f"{QUERY}.hook_spd_ci", lambda tensor, hook: tensor[..., 0])])
+    with d.attached() as model, pytest.raises(SPDError, match=r"hook on blocks.0.attn.W_Q.hook_spd_ci returned shape \[3, 11\]"):
+        model.run_with_hooks(tokens, fwd_hooks=[(f"{QUERY}.hook_spd_ci", lambda tensor, hook: tensor[..., 0])])
     for c in d.components.values():
         c.to("meta")
     with pytest.raises(SPDError, match="decomposition is on meta"), d.attached():
