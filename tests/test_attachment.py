@@ -97,7 +97,7 @@ def test_under_masks_the_model_is_run(name):
                 assert torch.equal(model(tokens), d.run(tokens, masks, delta))
                 assert torch.allclose(model.run_with_cache(tokens)[0], d.run(tokens, masks, delta), atol=1e-5)
                 assert torch.allclose(model.run_with_hooks(tokens, fwd_hooks=hooks), d.run(tokens, patched, delta), atol=1e-5)
-            assert torch.equal(d.run_with_cache(tokens, masks, delta, names_filter=QUERY)[0], d.run(tokens, masks, delta))
+            assert torch.equal(d.run_with_cache(tokens, masks, delta, names_filter="blocks.0.attn.hook_z")[0], d.run(tokens, masks, delta))
         everything = {site: torch.ones(()) for site in d.sites}
         with d.attached(delta=0.25) as model:
             assert torch.equal(model(tokens), d.run(tokens, everything, 0.25))
