@@ -97,7 +97,7 @@ def test_under_masks_the_model_is_run(name):
                 assert torch.equal(model(tokens), d.run(tokens, masks, delta))
                 assert torch.allclose(model.run_with_cache(tokens)[0], d.run(tokens, masks, delta), atol=1e-5)
                 assert torch.allclose(model.run_with_hooks(tokens, fwd_hooks=hooks), d.run(tokens, patched, delta), atol=1e-5)
-            assert torch.equal(d.run_with_cache(tokens, masks, delta, names_filter=QUERY)[0], d.run(tokens, masks, delta))
+            assert torch.equal(d.run_with_cache(tokens, masks, delta, names_filter="blocks.0.attn.hook_z")[0], d.run(tokens, masks, delta))
         everything = {site: torch.ones(()) for site in d.sites}
         with d.attached(delta=0.25) as model:
             assert torch.equal(model(tokens), d.run(tokens, everything, 0.25))
@@ -258,18 +258,19 @@ def test_nested_and_repeated(name):
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_run_inside_has_the_last_word(name):
-    """Its sites are replaced, whatever is attached around it; a patch of what it does not replace holds."""
+def test_run_inside(name):
+    """It replaces its sites as ever; a patch around it changes what it writes, as ablation hooks do."""
     d, tokens = scrambled(name), zoo.tokens()
     masks = {QUERY: torch.rand(C, generator=torch.Generator().manual_seed(2))}
     with torch.no_grad():
         expected = d.run(tokens, masks)
-        also = d.model.run_with_hooks(tokens, fwd_hooks=d.hooks(masks) + d.ablate({OUT: [4]}))
         with d.attached() as model:
-            with model.hooks(fwd_hooks=[(f"{QUERY}.hook_spd_ci", set_to([1, 2]))]):
-                assert torch.equal(d.run(tokens, masks), expected)
-            with model.hooks(fwd_hooks=[(f"{OUT}.hook_spd_ci", set_to(4))]):
-                assert torch.allclose(d.run(tokens, masks), also, atol=1e-5) and not torch.allclose(also, expected, atol=1e-4)
+            assert torch.equal(d.run(tokens, masks), expected)
+            for chosen in ({QUERY: [1, 2]}, {OUT: [4]}):
+                ablated = d.model.run_with_hooks(tokens, fwd_hooks=d.hooks(masks) + d.ablate(chosen))
+                with model.hooks(fwd_hooks=[(f"{site}.hook_spd_ci", set_to(index)) for site, index in chosen.items()]):
+                    assert torch.allclose(d.run(tokens, masks), ablated, atol=1e-5)
+                assert not torch.allclose(ablated, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BOTH)
