@@ -218,12 +218,6 @@ class _Watch:
         return any(getattr(handle.user_hook, "visit", None) is visit for handle in self.points[visit.wire.write].fwd_hooks)
 
 
-def _precedence(handle: Any) -> int:
-    """What is attached for good makes the model that everything else is applied to; replacing an output comes before changing it."""
-    ours = isinstance(handle.user_hook, _Override)
-    return 0 if ours and handle.is_permanent else 1 if ours and handle.user_hook.visit.replaces else 2
-
-
 class _Arrive:
     """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
 
@@ -247,7 +241,8 @@ class _Arrive:
             visit.skips = visit.wire.idle is not None and all(f.visit.replaces for f in there if isinstance(f, _Override))
         for point in self.points.values():
             order: Any = point._forward_hooks  # an OrderedDict: torch's own prepend works on it so
-            own = [(handle.hook.id, handle.user_hook) for handle in sorted(point.fwd_hooks, key=_precedence)]
+            own = [(handle.hook.id, handle.user_hook) for handle in point.fwd_hooks]
+            own.sort(key=lambda entry: not (isinstance(entry[1], _Override) and entry[1].visit.replaces))  # others change what it writes
             for key, function in reversed(own):
                 if isinstance(function, _Override) and key in order:
                     order.move_to_end(key, last=False)
