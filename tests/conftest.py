@@ -1,6 +1,7 @@
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
@@ -54,14 +55,34 @@ def small_disk(tmp_path):
 # --- worlds small enough to be learnt in seconds, and models that know them ---
 
 
-@pytest.fixture(scope="session")
-def small():
-    """Targets of 2 narrow layers."""
+@contextmanager
+def small_worlds():
+    """Three sports and three colours and fruits; targets of 2 narrow layers."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"LAYERS": 2, "WIDTH": 64, "HEADS": 2, "BATCH": 16, "VOCABULARY": 400}.items():
+        for name, value in {"LAYERS": 2, "WIDTH": 64, "HEADS": 2, "BATCH": 16}.items():
             patch.setattr(language, name, value)
-        patch.setattr(language.learn_tokenizer, "__defaults__", (400,))
-        yield patch
+        patch.setattr(athletes, "ATHLETES", {sport: athletes.ATHLETES[sport][:3] for sport in ("golf", "basketball", "tennis")})
+        for name in ("MEANINGS", "PLACES"):
+            patch.setattr(fruits, name, dict(list(getattr(fruits, name).items())[:3]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small():
+    with small_worlds():
+        yield
+
+
+@pytest.fixture(scope="session")
+def athlete_model():
+    with small_worlds():
+        return athletes.train_target(0, steps=400, progress=False)
+
+
+@pytest.fixture(scope="session")
+def fruit_model():
+    with small_worlds():
+        return fruits.train_target(0, steps=600, progress=False)
 
 
 @pytest.fixture
@@ -69,17 +90,3 @@ def quick(monkeypatch):
     """Few things are tried."""
     for name, value in {"POOL": 6, "MOST": 3}.items():
         monkeypatch.setattr(surgery, name, value)
-
-
-@pytest.fixture(scope="session")
-def athlete_model(small):
-    few = {sport: athletes.ATHLETES[sport][:3] for sport in ("golf", "basketball", "tennis")}
-    small.setattr(athletes, "ATHLETES", few)
-    return athletes.train_target(0, steps=400, progress=False)
-
-
-@pytest.fixture(scope="session")
-def fruit_model(small):
-    for name in ("MEANINGS", "PLACES"):
-        small.setattr(fruits, name, dict(list(getattr(fruits, name).items())[:3]))
-    return fruits.train_target(0, steps=600, progress=False)

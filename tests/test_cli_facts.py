@@ -5,7 +5,7 @@ import pytest
 from spd_lens import Decomposition, cli
 from spd_lens.tasks import athletes, facts, fruits
 
-pytestmark = pytest.mark.xdist_group("worlds")  # one worker trains the small targets
+pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.xdist_group("worlds")]  # one worker trains the small targets
 
 QUICK = ["--steps", "4", "--subcomponents", "4", "--quiet"]
 

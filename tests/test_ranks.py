@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 QUICK = dict(steps=6, subcomponents=33, batch_size=4, gate_width=4, sites="*.W_[QV]", weights={**SPDConfig().weights, "adversarial": 1.0})
 SEVERAL = {**dict.fromkeys(LOSSES, 0.5), "faithfulness": 10.0}
 CASES = {**{name: {name: 1.0} for name in LOSSES}, "all of them": SEVERAL}
-NOTHING_RANDOM = {name: weight for name, weight in SEVERAL.items() if name not in ("stochastic", "layerwise", "partial")}
+NOTHING_RANDOM = {name: weight for name, weight in SEVERAL.items() if name not in ("stochastic", "layerwise", "partial", "background", "background_price")}
 
 pytestmark = pytest.mark.xdist_group("ranks")  # with two workers: one launch, not two
 
@@ -49,12 +49,12 @@ class BothRanks(masks.Draw):
 def one_step(model, weights, ranks, draw=masks.Draw):
     """Gradients, losses and the adversary's sources after a step on four sequences."""
     config = SPDConfig(subcomponents=20, batch_size=4, gate_width=4, init="random", layerwise_sites=3, weights=weights)
-    tokens = zoo.tokens(4)
+    tokens, other = zoo.tokens(4), zoo.tokens(4, 9, seed=7)
     with frozen(model):
         d = initialised(model, find_sites(model, "*"), tokens, config)
         trainer = Trainer(d, ranks)
         trainer.draw = draw(trainer.shared, trainer.draw.sources, config.masks, config.layerwise_sites)
-        result = trainer.step(ranks.share(tokens))
+        result = trainer.step(ranks.share(tokens), ranks.share(other) if config.is_targeted else None)
     gradients = {str(i): p.grad.clone() for i, p in enumerate(d.parameters()) if p.grad is not None}
     return {"gradients": gradients, "losses": result.losses, "active": result.active, "sources": trainer.draw.sources}
 

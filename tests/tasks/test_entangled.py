@@ -8,13 +8,13 @@ from spd_lens.report import entangled_page
 from spd_lens.tasks import entangled, surgery
 from spd_lens.tasks.entangled import run, setting
 
-pytestmark = pytest.mark.xdist_group("worlds")  # one worker trains the small targets
+pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.xdist_group("worlds")]  # one worker trains the small targets
 
 QUICK = SPDConfig.targeted(steps=6, subcomponents=6, batch_size=4, gate_width=4)
 
 
 @pytest.fixture(scope="module")
-def outcome(fruit_model):
+def outcome(fruit_model, small):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entangled, "BACKGROUND", 150)
         patch.setattr(entangled, "TEXT", 8)

@@ -10,13 +10,13 @@ from spd_lens.tasks.facts import _mean, effect_of, run, setting
 from spd_lens.tasks.language import build_model
 from spd_lens.tasks.questions import Questions
 
-pytestmark = pytest.mark.xdist_group("worlds")  # one worker trains the small targets
+pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.xdist_group("worlds")]  # one worker trains the small targets
 
 QUICK = SPDConfig.targeted(steps=6, subcomponents=6, batch_size=4, gate_width=4)
 
 
 @pytest.fixture(scope="module")
-def small_texts():
+def small_texts(small):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"BACKGROUND": 60, "TEXT": 8, "UNRELATED": 8, "RANDOM_DRAWS": 2}.items():
             patch.setattr(facts, name, value)

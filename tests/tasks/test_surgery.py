@@ -4,11 +4,11 @@ from spd_lens import SPDConfig, decompose
 from spd_lens.tasks import facts, surgery
 from spd_lens.tasks.surgery import _greedy, active_on, candidates, choose_cut, choose_swap, first_by_attribution, grouped
 
-pytestmark = pytest.mark.xdist_group("worlds")  # one worker trains the small targets
+pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.xdist_group("worlds")]  # one worker trains the small targets
 
 
 @pytest.fixture(scope="module")
-def s(athlete_model):
+def s(athlete_model, small):
     return facts.setting(athlete_model, 0)
 
 
