@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 QUICK = dict(steps=6, subcomponents=33, batch_size=4, gate_width=4, sites="*.W_[QV]", weights={**SPDConfig().weights, "adversarial": 1.0})
 SEVERAL = {**dict.fromkeys(LOSSES, 0.5), "faithfulness": 10.0}
 CASES = {**{name: {name: 1.0} for name in LOSSES}, "all of them": SEVERAL}
-NOTHING_RANDOM = {name: weight for name, weight in SEVERAL.items() if name not in ("stochastic", "layerwise", "partial", "background", "background_price")}
+NOTHING_RANDOM = {
+    name: weight for name, weight in SEVERAL.items() if name not in ("stochastic", "layerwise", "partial", "background", "background_price")
+}
 
 pytestmark = pytest.mark.xdist_group("ranks")  # with two workers: one launch, not two
 
