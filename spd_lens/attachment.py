@@ -9,7 +9,7 @@
        y + ((a' ∘ m) - a)·U        a = x·V;  a' is a after the hooks;  m = 1 where the importance was left as it was, else the user's value
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +61,7 @@ def _doors(model: Any, sites: Sequence[Site]) -> Iterator[None]:
         if isinstance(module := tables[-1].get(name), torch.nn.Module) and not isinstance(module, HookPoint):
             door = HookPoint()
             door.name = name
-            handle = module.register_forward_pre_hook(lambda _, arguments, door=door: (door(arguments[0]), *arguments[1:]))
+            handle = module.register_forward_pre_hook(_through(door))
             opened.append((name, door, handle, [table.get(name) for table in tables]))
     try:
         for name, door, _, _ in opened:
@@ -76,6 +76,11 @@ def _doors(model: Any, sites: Sequence[Site]) -> Iterator[None]:
                     del table[name]
                 elif table.get(name) is door:
                     table[name] = value
+
+
+def _through(door: HookPoint) -> Callable[[torch.nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook which passes a module's first argument through a hook point."""
+    return lambda _, arguments: (door(arguments[0]), *arguments[1:])
 
 
 @contextmanager
