@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from spd_lens.config import SPDConfig
+from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.report import REPORT_BYTES, cuts_study_page, entangled_page, facts_page
 from spd_lens.sites import find_sites
@@ -46,8 +47,8 @@ def _command(commands: Any, name: str, description: str | None, summary: str) ->
     )
     parser.add_argument("--steps", type=int, help=f"training steps of the decomposition ({default.steps})")
     parser.add_argument("--subcomponents", type=int, help=f"per matrix ({default.subcomponents})")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint of an interrupted run in --out; of several runs, with "
-                        "those that are not finished")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds of an interrupted run: the target, the checkpoint, the "
+                        "decomposition; of several runs, go on with those that are not finished")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(call=_call)
     return parser
@@ -103,18 +104,35 @@ def _run(out: Path, config: SPDConfig, options: argparse.Namespace, console: Con
         (out / "target").mkdir(parents=True, exist_ok=True)
         task.world.save_target(model, out / "target", config.seed)
     target = time.perf_counter() - start
+    learnt = _learnt(out / "decomposition", model, config) if options.resume and not checkpoint.exists() else None
     check_writable(out, 12 * NUMBERS * sum(site.d_in + site.d_out for site in find_sites(model).values()))
     try:
         outcome = task.run(options, model, config, {"target": target}, progress=not options.quiet, say=console.print,
-                           checkpoint=checkpoint, resume=options.resume)  # fmt: skip
+                           learnt=learnt, checkpoint=checkpoint, resume=options.resume)  # fmt: skip
     except KeyboardInterrupt:
         console.print(f"interrupted; the checkpoint is in {checkpoint}. Go on with the same command and --resume")
         raise
-    outcome.decomposition.save(out / "decomposition")
+    if learnt is None:
+        outcome.decomposition.save(out / "decomposition")
     write_text(out / "results.json", json.dumps(outcome.results(), indent=1))
     write_text(out / "report.html", task.page(outcome))
     checkpoint.unlink(missing_ok=True)
     return outcome
+
+
+def _learnt(folder: Path, model: Any, config: SPDConfig) -> Decomposition | None:
+    """The decomposition that an earlier run left.
+
+    Raises:
+        SPDError: it was learnt otherwise than is asked now.
+    """
+    if not folder.exists():
+        return None
+    found = Decomposition.load(folder, model)
+    if found.config != config:
+        different = [name for name, value in found.config.to_json().items() if value != config.to_json()[name]]
+        raise SPDError(f"{folder} was learnt with other {', '.join(different)}; give the same, leave --resume out, or give another --out.")
+    return found
 
 
 def _run_facts(options: argparse.Namespace, *given: Any, **more: Any) -> facts.Outcome:

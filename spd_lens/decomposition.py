@@ -279,27 +279,31 @@ class Decomposition:
 
         return project_out(self, chosen, side, positions, examples, strength)
 
-    def rewire(self, swap_outputs: Any = (), set_output: Any = None) -> list[Hook]:
+    def rewire(self, swap_outputs: Any = (), set_output: Any = None, calibrate_on: Any = None) -> list[Hook]:
         """Hooks that give subcomponents of the original model other output directions (arXiv 2607.13047).
 
         Args:
             swap_outputs: pairs `((site, index), (site, index))` which exchange theirs.
             set_output: `{(site, index): new}`: a vector `[d_out]`, taken as it is; or a token's id or text, on W_O and W_out: the direction
                 of its column in W_U, with the norm of what it replaces.
+            calibrate_on: tokens `[n, s]`, or text: each of a pair then writes, where it is strongest on them, exactly what the other wrote
+                where that was strongest. Without it the rows of U are exchanged as they stand, whose length and sign are a matter of
+                training: only the product `v_c ⊗ u_c` is learnt.
 
         Raises:
             SPDError: an unknown subcomponent or one named twice, different widths, a vector of another shape or not finite, a token where
-                none can be written, a text of several tokens.
+                none can be written, a text of several tokens; one of a pair that is active nowhere on `calibrate_on`.
         """
         from spd_lens.interventions import rewire
 
-        return rewire(self, swap_outputs, set_output)
+        return rewire(self, swap_outputs, set_output, calibrate_on)
 
     def edited_model(
         self,
         remove: Any = None,
         swap_outputs: Any = (),
         set_output: Any = None,
+        calibrate_on: Any = None,
     ) -> Any:
         """An independent model of the same class with the change in its weights: what `ablate` and `rewire` do, without hooks.
 
@@ -309,7 +313,7 @@ class Decomposition:
 
         Args:
             remove: site → indices of subcomponents to take out.
-            swap_outputs, set_output: as in `rewire`.
+            swap_outputs, set_output, calibrate_on: as in `rewire`.
 
         Raises:
             SPDError: as in `ablate` and `rewire`; tied or quantised weights, or a matrix of another shape than was decomposed. This model is
@@ -317,7 +321,7 @@ class Decomposition:
         """
         from spd_lens.interventions import edited_model
 
-        return edited_model(self, remove, swap_outputs, set_output)
+        return edited_model(self, remove, swap_outputs, set_output, calibrate_on)
 
     # --- keeping ---
 

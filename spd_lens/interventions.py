@@ -16,12 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Hook, Passage, Rewrite, layout_of, model_device
 from spd_lens.visits import rewrite_hooks
 from spd_lens.weights import check_writable, rewritten
 
 if TYPE_CHECKING:
     from spd_lens.decomposition import Decomposition
+
+One = tuple[str, int]  # a subcomponent: its site and its index
 
 SIDES = ("input", "output")
 DEPENDENT = 1e-5  # a direction of which less than this lies outside the others' span adds nothing to it
@@ -136,9 +139,9 @@ def project_out(
     return _hooks(d, changes, here) + _attachable(d, rewrites, here)
 
 
-def rewire(d: "Decomposition", swap_outputs: Any = (), set_output: Any = None) -> list[Hook]:
+def rewire(d: "Decomposition", swap_outputs: Any = (), set_output: Any = None, calibrate_on: Any = None) -> list[Hook]:
     """See `Decomposition.rewire`."""
-    return _hooks(d, _rewired(d, {}, swap_outputs, set_output or {}), Where(None, None, 1.0))
+    return _hooks(d, _rewired(d, {}, swap_outputs, set_output or {}, calibrate_on), Where(None, None, 1.0))
 
 
 def edited_model(
@@ -146,9 +149,10 @@ def edited_model(
     remove: Any = None,
     swap_outputs: Any = (),
     set_output: Any = None,
+    calibrate_on: Any = None,
 ) -> Any:
     """See `Decomposition.edited_model`."""
-    changes, layout = _rewired(d, remove or {}, swap_outputs, set_output or {}), layout_of(d.model)
+    changes, layout = _rewired(d, remove or {}, swap_outputs, set_output or {}, calibrate_on), layout_of(d.model)
     for name, change in changes.items():
         check_writable(d.model, name, [change.V.shape[0], change.U.shape[1]])
     return rewritten(d.model, {name: change.weight(layout.site(name).weight) for name, change in changes.items()})
@@ -179,7 +183,33 @@ def span(directions: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
     return left[:, singular > DEPENDENT]
 
 
-def _rewired(d: "Decomposition", remove: Any, swap_outputs: Any, set_output: Any) -> dict[str, Change]:
+@torch.no_grad()
+def peaks(d: "Decomposition", tokens: Any) -> dict[str, Float[Tensor, " C"]]:
+    """Site → every subcomponent's inner activation, with its sign, where importance times activation is largest; 0 if it is inactive."""
+    observed = d.observe(tokens)
+    found = {}
+    for name, inner in observed.inner.items():
+        own, importance = inner.flatten(0, 1), observed.importances[name].flatten(0, 1)
+        at = (own * importance).abs().argmax(0, keepdim=True)
+        found[name] = torch.where(importance > THRESHOLD, own, 0.0).gather(0, at)[0]
+    return found
+
+
+def calibrated(d: "Decomposition", pairs: Iterable[tuple[One, One]], at: Mapping[str, Float[Tensor, " C"]]) -> dict[One, Tensor]:
+    """The outputs of an exchange in which each, at its peak, writes exactly what the other wrote at its own.
+
+    Only the product `v_c ⊗ u_c` is learnt: how its length and its sign are shared between `v_c` and `u_c` is not, and rows that are
+    exchanged as they stand come out too strong, too weak or reversed.
+    """
+    new: dict[One, Tensor] = {}
+    for a, b in pairs:
+        (one, i), (other, j) = a, b
+        ratio = at[other][j] / at[one][i]
+        new[a], new[b] = d.components[other].U[j] * ratio, d.components[one].U[i] / ratio
+    return new
+
+
+def _rewired(d: "Decomposition", remove: Any, swap_outputs: Any, set_output: Any, calibrate_on: Any = None) -> dict[str, Change]:
     """Every named subcomponent with its new output direction, as one change a site."""
     new: dict[str, dict[int, Tensor]] = {}
 
@@ -192,16 +222,10 @@ def _rewired(d: "Decomposition", remove: Any, swap_outputs: Any, set_output: Any
     for name, indices in choice(d, remove).items():
         for index in indices:
             put((name, index), d.components[name].U.new_zeros(d.sites[name].d_out))
-    for pair in swap_outputs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise SPDError(f"swap_outputs holds {pair!r}; give pairs ((site, index), (site, index)).")
-        a, b = (_one(d, at) for at in pair)
-        if d.sites[a[0]].d_out != d.sites[b[0]].d_out:
-            raise SPDError(
-                f"{a[0]} writes {d.sites[a[0]].d_out} wide and {b[0]} {d.sites[b[0]].d_out}; outputs are swapped between equal widths."
-            )
-        put(a, d.components[b[0]].U[b[1]])
-        put(b, d.components[a[0]].U[a[1]])
+    pairs = [_pair(d, pair) for pair in swap_outputs]
+    for (a, b), outputs in zip(pairs, _exchanged(d, pairs, calibrate_on)):
+        put(a, outputs[a])
+        put(b, outputs[b])
     if not isinstance(set_output, Mapping):
         raise SPDError(f"set_output is a {type(set_output).__name__}; give {{(site, index): vector or token}}.")
     for key, value in set_output.items():
@@ -212,6 +236,31 @@ def _rewired(d: "Decomposition", remove: Any, swap_outputs: Any, set_output: Any
         components, index = d.components[name], list(outputs)
         changes[name] = Change(components.V[:, index].detach(), (torch.stack(list(outputs.values())) - components.U[index]).detach())
     return changes
+
+
+def _pair(d: "Decomposition", pair: Any) -> tuple[One, One]:
+    """A checked pair whose outputs are equally wide."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise SPDError(f"swap_outputs holds {pair!r}; give pairs ((site, index), (site, index)).")
+    a, b = (_one(d, at) for at in pair)
+    if d.sites[a[0]].d_out != d.sites[b[0]].d_out:
+        raise SPDError(
+            f"{a[0]} writes {d.sites[a[0]].d_out} wide and {b[0]} {d.sites[b[0]].d_out}; outputs are swapped between equal widths."
+        )
+    return a, b
+
+
+def _exchanged(d: "Decomposition", pairs: list[tuple[One, One]], calibrate_on: Any) -> list[dict[One, Tensor]]:
+    """Of every pair the two new outputs: as they stand, or calibrated on tokens on which both are active."""
+    if calibrate_on is None:
+        return [{a: d.components[b[0]].U[b[1]], b: d.components[a[0]].U[a[1]]} for a, b in pairs]
+    at = peaks(d, calibrate_on)
+    for name, index in (one for pair in pairs for one in pair):
+        if not at[name][index]:
+            active = torch.nonzero(at[name]).flatten().tolist()
+            raise SPDError(f"{name}: subcomponent {index} is active nowhere on calibrate_on, so there is nothing to scale its output by; active "
+                           f"there: {active[:10]}{' …' * (len(active) > 10)}. Give tokens on which it is active, or leave calibrate_on out.")  # fmt: skip
+    return [calibrated(d, [pair], at) for pair in pairs]
 
 
 def _hooks(d: "Decomposition", changes: Mapping[str, Change], here: Where) -> list[Hook]:

@@ -29,10 +29,17 @@ def test_facts_writes_all_that_it_promises_and_a_study_goes_on(athlete_model, tm
     assert "golf: fall" in printed and "≥ 0.9" in printed and "KL, adversarial" in printed
     cli.main(["facts", "--out", str(tmp_path), "--seeds", "1", "--resume", *QUICK])
     assert "decomposing" not in capsys.readouterr().out
+    learnt = (folder / "decomposition" / "decomposition.safetensors").read_bytes()
+    (folder / "results.json").unlink()
     cli.main(["facts", "--out", str(folder), "--resume", *QUICK])
+    assert (folder / "results.json").exists() and (folder / "decomposition" / "decomposition.safetensors").read_bytes() == learnt
     printed = capsys.readouterr().out
     for words in ("Cut out of the original weights", "athletes exchange sports", "KL, hard", "KL, alive-only", "KL, adversarial"):
         assert words in printed
+    assert "decomposing" not in printed
+    with pytest.raises(SystemExit):
+        cli.main(["facts", "--out", str(folder), "--resume", *QUICK, "--steps", "5"])
+    assert "was learnt with other steps" in capsys.readouterr().err
 
 
 def test_entangled_writes_all_that_it_promises(fruit_model, tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens import SPDError, find_sites
-from spd_lens.interventions import span
+from spd_lens.interventions import calibrated, peaks, span
 from spd_lens.sites import layout_of
 from spd_lens.visits import rewrite_hooks
 from tests import zoo
@@ -160,6 +160,62 @@ def test_rewiring_exchanges_what_is_written(name):
         token = d.model.W_U[:, 7]
         weights[last] += torch.outer(cl.V[:, 0], token / token.norm() * cl.U[0].norm() - cl.U[0])
     assert torch.allclose(run(d, tokens, d.rewire(**edit)), run(d, tokens, with_weights(d, weights)), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_calibrated_exchange_writes_at_its_peak_what_the_other_wrote_at_its_own(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    (a, b), at = two_of_one_width(d), peaks(d, tokens)
+    i, j = (int(at[site].nonzero()[0]) for site in (a, b))
+    edit = dict(swap_outputs=[((a, i), (b, j))], calibrate_on=tokens)
+    weights = {n: s.weight.clone() for n, s in d.sites.items()}
+    with torch.no_grad():
+        ca, cb = d.components[a], d.components[b]
+        weights[a] += torch.outer(ca.V[:, i], cb.U[j] * at[b][j] / at[a][i] - ca.U[i])
+        weights[b] += torch.outer(cb.V[:, j], ca.U[i] * at[a][i] / at[b][j] - cb.U[j])
+        expected = run(d, tokens, with_weights(d, weights))
+        assert torch.allclose(run(d, tokens, d.rewire(**edit)), expected, atol=1e-5)
+        assert torch.allclose(d.edited_model(**edit)(tokens), expected, atol=1e-5)
+        assert not torch.allclose(run(d, tokens, d.rewire(edit["swap_outputs"])), expected, atol=1e-5)
+
+
+def test_the_peak_is_where_importance_times_activation_is_largest():
+    d, tokens = scrambled(FEW[0]), zoo.tokens()
+    seen, at = d.observe(tokens), peaks(d, tokens)
+    for site, values in at.items():
+        for c, value in enumerate(values.tolist()):
+            inner, g = seen.inner[site][..., c].flatten(), seen.importances[site][..., c].flatten()
+            best = int((inner * g).abs().argmax())
+            assert value == (float(inner[best]) if g[best] > 0.5 else 0.0)
+    assert any(bool((values < 0).any()) for values in at.values())
+
+
+def test_a_calibrated_exchange_does_not_depend_on_how_v_and_u_share_a_term():
+    d = scrambled(FEW[0])
+    a, b = two_of_one_width(d)
+    pair, at = ((a, 1), (b, 2)), {site: torch.linspace(1.0, 2.0, 24) for site in d.sites}
+
+    def terms():
+        new = calibrated(d, [pair], at)
+        return [torch.outer(d.components[site].V[:, c], new[site, c]) for site, c in pair]
+
+    with torch.no_grad():
+        before = terms()
+        d.components[a].V[:, 1] *= -3
+        d.components[a].U[1] /= -3
+        at[a][1] *= -3
+        assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(terms(), before))
+
+
+def test_a_calibrated_exchange_needs_both_to_be_active():
+    d, tokens = scrambled(FEW[0]), zoo.tokens()
+    a, b = two_of_one_width(d)
+    d.gates[a].alive.zero_()
+    d.gates[a].alive[[0, 5]] = 1.0
+    for pairs in ([((a, 3), (b, 2))], [((b, 2), (a, 3))]):
+        with pytest.raises(SPDError, match=f"{a}: subcomponent 3 is active nowhere .* there: "):
+            d.rewire(swap_outputs=pairs, calibrate_on=tokens)
+    assert d.rewire(swap_outputs=[((a, 3), (b, 2))])
 
 
 @pytest.mark.parametrize("name", sorted(zoo.ALL))

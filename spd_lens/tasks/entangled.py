@@ -230,13 +230,15 @@ def run(
     seconds: Mapping[str, float],
     progress: bool = True,
     say: Callable[[str], Any] = lambda text: None,
+    learnt: Decomposition | None = None,
     **options: Any,
 ) -> Outcome:
     """Decompose, choose, measure; arguments as those of `facts.run`."""
     s, clock = setting(model, config.seed), time.perf_counter()
     prompts = s.together.tokens
-    say(f"decomposing every matrix on {len(prompts)} prompts, {config.steps} steps …")
-    d = decompose(model, prompts, config, background=s.background, progress=progress, **options)
+    if learnt is None:
+        say(f"decomposing every matrix on {len(prompts)} prompts, {config.steps} steps …")
+    d = learnt or decompose(model, prompts, config, background=s.background, progress=progress, **options)
     trained = time.perf_counter()
     say("choosing what to cut …")
     active = {concept: active_on(d, asked.tokens) for concept, asked in s.asked.items()}

@@ -4,7 +4,7 @@
 2. Prompts: two sentences ("Tiger Woods plays the sport of", "Kobe Bryant …"); or the whole set, every athlete that is not held out.
    A targeted decomposition of every matrix: what happens on the prompts, with other text as the background.
 3. Suppression: the fewest subcomponents, active on the prompt, whose cut out of the original weights takes the answer away. Rewiring:
-   the fewest pairs whose exchange of output directions makes the golfer play basketball and the basketball player golf.
+   the fewest pairs whose exchange of outputs, calibrated on the two prompts, makes the golfer play basketball and the other golf.
 4. Measured on what had no part in it: athletes of the held-out half, the inverse question, the same question in other words, unrelated
    text. Beside it the same cut of random active subcomponents, of MLP neurons, of singular directions, and of subcomponents learnt on the
    prompts alone.
@@ -367,25 +367,28 @@ def run(
     whole: bool = False,
     progress: bool = True,
     say: Callable[[str], Any] = lambda text: None,
+    learnt: Decomposition | None = None,
     **options: Any,
 ) -> Outcome:
     """Decompose, choose, measure.
 
     Args:
         seconds: what the target took.
+        learnt: the decomposition, where there is one already.
         say: called with a line of text at each stage.
         options: of `decompose`: `checkpoint`, `resume`.
     """
     s, clock = setting(model, config.seed, whole), time.perf_counter()
-    say(f"decomposing every matrix on {len(s.prompts)} prompts, {config.steps} steps …")
-    d = decompose(model, s.prompts, config, background=s.background, progress=progress, **options)
+    if learnt is None:
+        say(f"decomposing every matrix on {len(s.prompts)} prompts, {config.steps} steps …")
+    d = learnt or decompose(model, s.prompts, config, background=s.background, progress=progress, **options)
     trained = time.perf_counter()
     say("choosing what to cut and to exchange …")
     cuts = {concept: suppressed(s, d, concept) for concept in s.asked}
     pools = tuple(active_on(d, asked.tokens) for asked in s.asked.values())
-    nothing = s.known[:0]
-    swap = choose_swap(d, s.asked["golf"], s.asked["basketball"], (pools[0], pools[1]), s.guard(nothing))
-    swapped = effect_of(s, d.rewire(swap_outputs=swap))
+    golf, basketball = s.asked["golf"], s.asked["basketball"]
+    swap = choose_swap(d, golf, basketball, (pools[0], pools[1]), s.guard(s.known[:0]))
+    swapped = effect_of(s, d.rewire(swap_outputs=swap, calibrate_on=torch.cat([golf.tokens, basketball.tokens])))
     chosen = time.perf_counter()
     say("the baselines …")
     own = baselines(s, d, cuts, config, progress)

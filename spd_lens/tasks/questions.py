@@ -56,7 +56,12 @@ class Questions:
         return self.log_p(model, hooks).gather(1, self.answers[:, None])[:, 0].exp()
 
     def accuracy(self, model: Any, hooks: Sequence[Hook] = ()) -> float:
-        return float((self.log_p(model, hooks).argmax(-1) == self.answers).float().mean())
+        return self.scored(model, hooks)[1]
+
+    def scored(self, model: Any, hooks: Sequence[Hook] = ()) -> tuple[float, float]:
+        """Mean probability of the answers, and how many of them are the likeliest token."""
+        log_p = self.log_p(model, hooks)
+        return float(log_p.gather(1, self.answers[:, None]).exp().mean()), float((log_p.argmax(-1) == self.answers).float().mean())
 
 
 @dataclass(frozen=True)

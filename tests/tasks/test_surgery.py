@@ -1,8 +1,21 @@
+from dataclasses import replace
+
 import pytest
 
 from spd_lens import SPDConfig, decompose
 from spd_lens.tasks import facts, surgery
-from spd_lens.tasks.surgery import _greedy, active_on, candidates, choose_cut, choose_swap, first_by_attribution, grouped
+from spd_lens.tasks.surgery import (
+    MOST,
+    Guard,
+    Limits,
+    _greedy,
+    active_on,
+    candidates,
+    choose_cut,
+    choose_swap,
+    first_by_attribution,
+    grouped,
+)
 
 pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.xdist_group("worlds")]  # one worker trains the small targets
 
@@ -25,6 +38,10 @@ def test_the_greedy_choice_takes_the_fewest_that_are_allowed():
 
     assert choose() == [("a", 0), ("a", 1)]
     assert choose(lambda chosen: ("a", 0) not in chosen, 3.0) == [("a", 1), ("b", 0)]
+    assert choose(lambda chosen: chosen != [("a", 1)], 7.0) == [("a", 0)]
+    only_together = {("a", 0): 1.0, ("a", 1): 9.0}
+    assert _greedy(list(only_together), lambda chosen: 10 - sum(only_together[one] for one in chosen), lambda c: ("a", 0) in c, 1.0) == [
+        ("a", 0), ("a", 1)]  # fmt: skip
     assert choose(lambda chosen: False) == [] and choose(goal=-5.0) == [("a", 0), ("a", 1), ("b", 0)]
 
 
@@ -42,24 +59,45 @@ def test_candidates_are_ranked_by_cutting_them(s, singular):
     assert sorted(ranked) == sorted(pool) and left == sorted(left) and left[0] < float(asked.probabilities(s.model))
 
 
-def test_a_cut_takes_the_answer_away_and_keeps_to_the_guard(s, singular, monkeypatch):
+def test_a_cut_takes_the_answer_away_and_keeps_to_the_guard(s, singular):
     asked, guard = s.asked["golf"], s.guard(s.asked["basketball"])
     pool = first_by_attribution(singular, asked, 10)
-    monkeypatch.setattr(surgery, "KEPT_MEAN", 1.0)
-    monkeypatch.setattr(surgery, "KEPT_TAIL", 9.0)
-    monkeypatch.setattr(surgery, "KEPT_PROBABILITY", 0.5)
-    monkeypatch.setattr(surgery, "KEPT_ACCURACY", 1.0)
-    free = choose_cut(singular, asked, pool, guard)
-    assert 0 < len(free) <= surgery.MOST
+    loose = Limits(probability=0.5, accuracy=1.0, mean=1.0, tail=9.0)
+    free = choose_cut(singular, asked, pool, guard, loose)
+    assert 0 < len(free) <= MOST
     assert float(asked.probabilities(s.model, singular.ablate(grouped(free)))) < 0.5 * float(asked.probabilities(s.model))
-    monkeypatch.setattr(surgery, "KEPT_MEAN", 0.0)
-    assert choose_cut(singular, asked, pool, guard) == []
+    hooks = singular.ablate(grouped(free))
+    for tight in (dict(probability=-1.0), dict(known=-1.0), dict(accuracy=-1.0), dict(mean=0.0), dict(tail=0.0)):
+        assert guard.allows(hooks, loose) and not guard.allows(hooks, replace(loose, **tight)), tight
+    assert choose_cut(singular, asked, pool, guard, replace(loose, mean=0.0)) == []
 
 
-def test_a_swap_pairs_what_writes_to_the_same_place(s, singular):
-    pools = tuple(first_by_attribution(singular, asked, 8) for asked in s.asked.values())
-    for a, b in choose_swap(singular, *s.asked.values(), pools, s.guard(s.known[:0])):
+@pytest.fixture(scope="module")
+def untrained(s):
+    """Everything active, and enough of it to hold each matrix."""
+    return decompose(s.model, s.prompts, SPDConfig(steps=0, subcomponents=64), progress=False)
+
+
+def test_a_swap_pairs_what_writes_to_the_same_place(s, untrained):
+    pools = tuple(first_by_attribution(untrained, asked, 8) for asked in s.asked.values())
+    free = Limits(probability=1.0, accuracy=1.0, mean=99.0, tail=99.0)
+    pairs = choose_swap(untrained, *s.asked.values(), pools, s.guard(s.known[:0]), [free])
+    assert pairs
+    for a, b in pairs:
         assert a[0] == b[0] or {a[0].rsplit("_")[-1], b[0].rsplit("_")[-1]} <= {"O", "out"}
+
+
+def test_a_swap_takes_the_first_limits_that_suffice(s, untrained, monkeypatch):
+    pools = tuple(first_by_attribution(untrained, asked, 4) for asked in s.asked.values())
+    tried, guard = [], s.guard(s.known[:0])
+    limits = [Limits(known=known, accuracy=1.0, mean=99.0, tail=99.0) for known in (0.0, 0.5, 1.0)]
+    monkeypatch.setattr(Guard, "allows", lambda self, hooks, limit: tried.append(limit) or True)
+    monkeypatch.setattr(surgery, "CROSSED", 0.0)
+    choose_swap(untrained, *s.asked.values(), pools, guard, limits)
+    assert {limit.known for limit in tried} == {0.0}
+    monkeypatch.setattr(surgery, "CROSSED", 2.0)  # out of reach
+    choose_swap(untrained, *s.asked.values(), pools, guard, limits)
+    assert {limit.known for limit in tried} == {0.0, 0.5, 1.0}
 
 
 def test_active_is_what_is_active_anywhere(s):
