@@ -185,13 +185,14 @@ def span(directions: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
 
 @torch.no_grad()
 def peaks(d: "Decomposition", tokens: Any) -> dict[str, Float[Tensor, " C"]]:
-    """Site → every subcomponent's inner activation, with its sign, where importance times activation is largest; 0 if it is inactive."""
+    """Site → every subcomponent's inner activation, with its sign, where it is active and importance times activation is largest; else 0."""
     observed = d.observe(tokens)
     found = {}
     for name, inner in observed.inner.items():
-        own, importance = inner.flatten(0, 1), observed.importances[name].flatten(0, 1)
+        importance = observed.importances[name].flatten(0, 1)
+        own = torch.where(importance > THRESHOLD, inner.flatten(0, 1), 0.0)
         at = (own * importance).abs().argmax(0, keepdim=True)
-        found[name] = torch.where(importance > THRESHOLD, own, 0.0).gather(0, at)[0]
+        found[name] = own.gather(0, at)[0]
     return found
 
 

@@ -141,6 +141,7 @@ def choose_swap(
     writes = {name: "the residual stream" if site.kind in ("W_O", "W_out") else name for name, site in d.sites.items()}
     crossed = Questions(torch.cat([first.tokens, second.tokens]), torch.cat([second.answers, first.answers]))
     at = peaks(d, crossed.tokens)
+    mine, theirs = ([(name, c) for name, c in some if at[name][c]] for some in (mine, theirs))
     pairs = [(a, b) for a in mine for b in theirs if a != b and writes[a[0]] == writes[b[0]]]
 
     def exchanged(chosen: Sequence[Pair]) -> list[Hook]:
