@@ -3,10 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spd_lens.advice import Advice, advise
+from spd_lens.attention import PairAttention, pair_attention
+from spd_lens.cards import Card, describe
 from spd_lens.config import Schedule, SPDConfig
 from spd_lens.decomposition import Decomposition, Observation
 from spd_lens.diagnostics import Diagnosis, diagnose
 from spd_lens.errors import SPDError
+from spd_lens.graph import CircuitGraph, answer_logit, circuit_graph
+from spd_lens.labels import token_labels
 from spd_lens.metrics import Census, Verification, census, verify
 from spd_lens.patching import ablation_effects, activation_patching, attribution, attribution_patching
 from spd_lens.sites import Site, find_sites
@@ -16,8 +21,11 @@ if TYPE_CHECKING:
     from spd_lens import viz
 
 __version__ = "0.1.0"
-__all__ = ["Census", "Decomposition", "Diagnosis", "Observation", "SPDConfig", "SPDError", "Schedule", "Site", "StepResult", "Verification",
-           "ablation_effects", "activation_patching", "attribution", "attribution_patching", "census", "decompose", "diagnose", "find_sites", "verify", "viz"]  # fmt: skip
+__all__ = [
+    "Advice", "Card", "Census", "CircuitGraph", "Decomposition", "Diagnosis", "Observation", "PairAttention", "SPDConfig", "SPDError", "Schedule", "Site",
+    "StepResult", "Verification", "ablation_effects", "activation_patching", "advise", "answer_logit", "attribution", "attribution_patching", "census",
+    "circuit_graph", "decompose", "describe", "diagnose", "find_sites", "pair_attention", "token_labels", "verify", "viz",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens import masks
+from spd_lens.advice import while_training
 from spd_lens.batches import Batches
 from spd_lens.components import check_weight, initialise, targeted
 from spd_lens.config import SPDConfig
@@ -511,7 +512,7 @@ def fit(
     line = max(1, config.steps // 100)
     retire_at = {round(at * config.steps) for at in config.retire_at}
     bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
-    whole = True  # whether the state is that between two steps
+    whole, said = True, set()  # whether the state is that between two steps; what was warned of
 
     def keep(path: Path) -> None:
         trainer.ranks.only_first(lambda: trainer.save(path))
@@ -527,6 +528,7 @@ def fit(
                 if result.step % line == 0 or result.step == config.steps:
                     d.history.append(result.figures())
                     bar.set_postfix_str(_postfix(d, d.history[-1]), refresh=False)
+                    _teach(trainer, said)
                 bar.update()
                 if checkpoint is not None and result.step % checkpoint_every == 0:
                     keep(checkpoint)
@@ -542,6 +544,16 @@ def fit(
         bar.close()
     if checkpoint is not None and config.steps and d.steps_done % checkpoint_every:
         keep(checkpoint)
+
+
+def _teach(trainer: Trainer, said: set[str]) -> None:
+    """Warn of each thing amiss once; of what may still mend itself only after the last step."""
+    d = trainer.decomposition
+    final = d.steps_done == trainer.config.steps
+    for advice in while_training(d, d.history[-1]["active"]) if trainer.ranks.rank == 0 else ():
+        if advice.kind not in said and (final or advice.kind == "nothing active"):
+            said.add(advice.kind)
+            warnings.warn(f"after {d.steps_done} of {trainer.config.steps} steps: {advice}", stacklevel=4)
 
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:

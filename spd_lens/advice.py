@@ -1,0 +1,128 @@
+"""What a decomposition's figures warn of, and what to do about it.
+
+`advise` looks at a finished decomposition on some tokens; `while_training` at what is known between two steps. Each piece of advice names what was
+seen, with its figure, and how to mend it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spd_lens.decomposition import Decomposition
+from spd_lens.metrics import CHEAT, Census, Verification, census, verify
+
+UNFAITHFUL = 0.1  # of a matrix's squared norm
+LOPSIDED, FEW = 0.8, 10  # share of all active subcomponents in one matrix or layer; below so many there is nothing to share out
+CROWDED = 0.9  # of a matrix's subcomponents are ever active
+DEAD = 0.97  # of all subcomponents never are
+BROKEN = 0.1  # nats
+SETTLED = 50  # steps; shorter runs are trials
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing to mend.
+
+    Attributes:
+        kind: `faithfulness`, `nothing active`, `lopsided`, `dead`, `crowded`, `cheat` or `broken`.
+        seen: what was seen, with its figure.
+        mend: what to do.
+    """
+
+    kind: str
+    seen: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.seen} {self.mend}"
+
+
+def advise(d: Decomposition, tokens: Any, counted: Census | None = None, checked: Verification | None = None) -> list[Advice]:
+    """What to mind before this decomposition is believed; an empty list where nothing is amiss.
+
+    Args:
+        d: the decomposition.
+        tokens: `[b, s]` of the kind it was learnt on, or text where the model has a tokenizer.
+        counted, checked: `census` and `verify` on these tokens, where they are there already.
+    """
+    tokens = d.tokens(tokens)
+    counted, checked = counted or census(d, tokens), checked or verify(d, tokens)
+    found = _unfaithful(d) + _shares({name: float(n) for name, n in counted.distinct.items()}, d)
+    if counted.total == 0:
+        found.append(_nothing(f"of {len(tokens)} sequences"))
+        return found
+    full = [
+        name
+        for name, on in counted.alive.items()
+        if float(on.float().mean()) >= CROWDED and len(on) < min(d.sites[name].d_in, d.sites[name].d_out)
+    ]
+    if full:
+        found.append(Advice("crowded", f"C is too small: {CROWDED:.0%} or more of the subcomponents of {_few(full)} are active somewhere, so that mechanisms have to share them.",
+                            "Give more, e.g. subcomponents={'" + full[0] + "': " + str(2 * d.components[full[0]].C) + ", '*': …}."))  # fmt: skip
+    allocated = sum(c.C for c in d.components.values())
+    if (dead := 1 - counted.total / allocated) >= DEAD and not d.config.is_targeted:
+        found.append(Advice("dead", f"{dead:.1%} of {allocated} subcomponents are active nowhere on these tokens.",
+                            "That is no fault, but fewer would be faster: lower subcomponents; or look at more tokens before you say so."))  # fmt: skip
+    if checked.leans_on_inactive:
+        found.append(
+            Advice(
+                "cheat",
+                f"This is a cheat: the stochastic KL is {checked.kl_stochastic:.1e} nats and the hard one {checked.kl_hard:.1e}.",
+                CHEAT,
+            )
+        )
+    elif checked.kl_hard > BROKEN:
+        found.append(Advice("broken", f"With the active subcomponents alone (hard masks) the outputs are {checked.kl_hard:.2g} nats away from the model's.",
+                            "Train longer (steps=), give more subcomponents, or lower the weight of price; and check that these tokens are of the kind it was learnt on."))  # fmt: skip
+    return found
+
+
+def while_training(d: Decomposition, active: dict[str, float]) -> list[Advice]:
+    """What can be seen between two steps: `active` is the mean number of active subcomponents of each matrix per position."""
+    if d.steps_done < SETTLED or d.steps_done < d.config.steps / 2:
+        return []
+    return _unfaithful(d) + ([] if sum(active.values()) else [_nothing(f"at step {d.steps_done}")]) + _shares(active, d)
+
+
+@torch.no_grad()
+def _unfaithful(d: Decomposition) -> list[Advice]:
+    """A targeted decomposition leaves the rest of a matrix to the delta on purpose."""
+    if d.config.is_targeted:
+        return []
+    left = {
+        name: float(d.components[name].delta(site.weight).square().sum() / site.weight.square().sum().clamp_min(1e-30))
+        for name, site in d.sites.items()
+    }
+    far = [name for name, share in left.items() if share > UNFAITHFUL]
+    if not far:
+        return []
+    worst = max(far, key=lambda name: left[name])
+    return [Advice("faithfulness", f"V·U misses {left[worst]:.0%} of {worst} ({UNFAITHFUL:.0%} or more of {_few(far)}), which is then explained by the delta alone.",
+                   "Train longer, give more subcomponents (up to the matrix's rank), or raise the weight of faithfulness.")]  # fmt: skip
+
+
+def _shares(active: dict[str, float], d: Decomposition) -> list[Advice]:
+    total = sum(active.values())
+    layers: dict[int, float] = {}
+    for name, n in active.items():
+        layers[d.sites[name].layer] = layers.get(d.sites[name].layer, 0.0) + n
+    mend = ("Ask whether the task lives there; if not, the price pushes the others' work into it: lower the weight of price, or decompose "
+            "that part with more subcomponents.")  # fmt: skip
+    if total < FEW:
+        return []
+    for what, some in (("matrix", active), ("layer", {f"layer {layer}": n for layer, n in layers.items()})):
+        most = max(some, key=lambda name: some[name])
+        if len(some) > 2 and some[most] >= LOPSIDED * total:
+            return [Advice("lopsided", f"{some[most] / total:.0%} of the active subcomponents lie in one {what}, {most}.", mend)]
+    return []
+
+
+def _nothing(where: str) -> Advice:
+    return Advice("nothing active", f"No subcomponent is active (g > 0.5) in any position {where}: everything was priced away.",
+                  "Lower the weights of price, minimality and frequency, or the learning rate; or look at tokens of the kind it was learnt on.")  # fmt: skip
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
