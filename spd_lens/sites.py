@@ -344,9 +344,9 @@ class _BridgeLayout:
 
     @staticmethod
     def seen(arguments: Mapping[str, Any], layer: int) -> int:
-        """How many positions the key/value cache holds already; the older architectures still call it `layer_past`."""
-        cache = arguments.get("past_key_values")
-        cache = arguments.get("layer_past") if cache is None else cache
+        """How many positions the key/value cache holds already; older architectures call it `layer_past`, transformers from 5.24 on `cache`."""
+        names = ("past_key_values", "layer_past", "cache")
+        cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
         return 0 if cache is None else int(cache.get_seq_length(layer))
 
     def wire(self, site: Site) -> Wire:
