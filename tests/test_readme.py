@@ -82,7 +82,7 @@ def test_the_interventions_as_the_docs_show_them(tmp_path, monkeypatch):
     model, tokens = zoo.native(), zoo.tokens()
     decomposition = spd_lens.decompose(model, tokens, spd_lens.SPDConfig(steps=0, subcomponents=12), progress=False)
     scope = {"model": model, "decomposition": decomposition, "tokens": tokens, "clean": tokens, "corrupted": zoo.tokens(seed=1)}
-    scope |= {"fresh": zoo.native(), "golf": 3, "basketball": 4}
+    scope |= {"fresh": zoo.native(), "golf": 3, "basketball": 4, "prompts": tokens}
     for code in blocks("docs/interventions.md"):
         exec(compile(code, "docs/interventions.md", "exec"), scope)
     assert torch.allclose(scope["fresh"](tokens), scope["edited"](tokens))
