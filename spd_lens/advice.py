@@ -91,10 +91,7 @@ def _unfaithful(d: Decomposition) -> list[Advice]:
     """A targeted decomposition leaves the rest of a matrix to the delta on purpose."""
     if d.config.is_targeted:
         return []
-    left = {
-        name: float(d.components[name].delta(site.weight).square().sum() / site.weight.square().sum().clamp_min(1e-30))
-        for name, site in d.sites.items()
-    }
+    left = {name: d.share_left(name) for name in d.sites}
     far = [name for name, share in left.items() if share > UNFAITHFUL]
     if not far:
         return []

@@ -17,7 +17,7 @@ from spd_lens.errors import SPDError
 from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
 
-MOST = 6  # pairs, where none are given
+MOST = 5  # pairs, where none are given
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ def pair_attention(d: Decomposition, tokens: Any, layer: int, pairs: Sequence[tu
         d: with W_Q and W_K of the layer decomposed.
         tokens: `[1, s]`, or a text where the model has a tokenizer.
         layer: which.
-        pairs: (index in W_Q, index in W_K); None: the up to six active pairs whose scores reach farthest on these tokens.
+        pairs: (index in W_Q, index in W_K); None: the up to five active pairs whose scores reach farthest on these tokens.
 
     Raises:
         SPDError: several prompts, W_Q or W_K not decomposed, an unknown index, or no pair that is active.

@@ -13,6 +13,7 @@ from rich.console import Console
 from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
+from spd_lens.hub import load_model
 from spd_lens.report import REPORT_BYTES, cuts_study_page, entangled_page, facts_page
 from spd_lens.sites import find_sites
 from spd_lens.storage import check_writable, write_text
@@ -95,7 +96,7 @@ def _run(out: Path, config: SPDConfig, options: argparse.Namespace, console: Con
         raise SPDError(f"{checkpoint} is left from an interrupted run; go on from it with --resume, delete it, or give another --out.")
     start = time.perf_counter()
     if options.model is not None:
-        model = _from_hub(options.model)
+        model = load_model(options.model, "leave --model out, and a target is trained here")
     elif options.resume and (out / "target").exists():
         model = task.world.load_target(out / "target")
     else:
@@ -141,28 +142,6 @@ def _run_facts(options: argparse.Namespace, *given: Any, **more: Any) -> facts.O
 
 def _run_entangled(options: argparse.Namespace, *given: Any, **more: Any) -> entangled.Outcome:
     return entangled.run(*given, **more)
-
-
-def _from_hub(name: str) -> Any:
-    """A model of the hub, in the class that this transformer-lens has.
-
-    Raises:
-        SPDError: it is neither in the local cache nor to be had.
-    """
-    try:
-        try:
-            from transformer_lens import HookedTransformer
-
-            return HookedTransformer.from_pretrained(name, device="cpu")
-        except ImportError:
-            from transformer_lens.model_bridge import TransformerBridge
-
-            return TransformerBridge.boot_transformers(name, device="cpu")
-    except (OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SPDError(f"the weights and the tokenizer of {name!r} are missing: they are not in the local cache, and the hub did not give "
-                       f"them ({first}). Run this once where the hub can be reached, with HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE unset; or "
-                       "leave --model out, and a target is trained here.") from error  # fmt: skip
 
 
 def _tell_facts(console: Console, outcome: facts.Outcome) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,15 +21,17 @@ from spd_lens.components import Components, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
+from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
 from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
+from spd_lens.tables import Shown, Tabular
 from spd_lens.visits import rewrite_hooks
 
 TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
 
 
-@dataclass(frozen=True, eq=False)
-class Observation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Observation(Tabular):
     """What one clean forward pass shows.
 
     Attributes:
@@ -40,6 +43,17 @@ class Observation:
     logits: Float[Tensor, "b s vocabulary"]
     inner: dict[str, Float[Tensor, "b s C"]]
     importances: dict[str, Float[Tensor, "b s C"]]
+
+    def _shown(self) -> Shown:
+        rows = {
+            name: {"subcomponents": g.shape[-1], "ever active": int((g > THRESHOLD).flatten(0, 1).any(0).sum()),
+                   "active per position": f"{float((g > THRESHOLD).sum(-1).float().mean()):.3g}", "largest |v·x|": f"{float(self.inner[name].abs().max()):.3g}"}
+            for name, g in self.importances.items()
+        }  # fmt: skip
+        b, s, vocabulary = self.logits.shape
+        return Shown(f"One clean pass over [{b}, {s}] tokens; logits [{b}, {s}, {vocabulary}], inner and importances [{b}, {s}, C] per site",
+                     pd.DataFrame.from_dict(rows, orient="index").rename_axis("site"),
+                     f"Active: g > {THRESHOLD}. A count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,8 +73,8 @@ class Trace:
     blocks: list[Any]
 
 
-@dataclass(eq=False)
-class Decomposition:
+@dataclass(eq=False, repr=False)
+class Decomposition(Tabular):
     """A model with some of its matrices split into rank-one subcomponents. Make one with `spd_lens.decompose`.
 
     Attributes:
@@ -409,9 +423,21 @@ class Decomposition:
                 raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")
         return logits
 
-    def __repr__(self) -> str:
-        counts = ", ".join(f"{site.short} {self.components[name].C}" for name, site in self.sites.items())
-        return f"Decomposition of a {type(self.model).__name__} after {self.steps_done} steps; subcomponents: {counts}"
+    @torch.no_grad()
+    def _shown(self) -> Shown:
+        rows = {
+            name: {"d_in": site.d_in, "d_out": site.d_out, "subcomponents": self.components[name].C,
+                   "left to the delta": f"{self.share_left(name):.1e}"}
+            for name, site in self.sites.items()
+        }  # fmt: skip
+        return Shown(f"Decomposition of a {type(self.model).__name__} after {self.steps_done} of {self.config.steps} steps",
+                     pd.DataFrame.from_dict(rows, orient="index").rename_axis("site"),
+                     "Left to the delta: share of the matrix's squared norm in W - V·U. What is active: census and verify(decomposition, tokens).")  # fmt: skip
+
+    def share_left(self, name: str) -> float:
+        """Share of a matrix's squared norm that V·U leaves: `‖W - V·U‖²/‖W‖²`."""
+        weight = self.sites[name].weight
+        return float(self.components[name].delta(weight).square().sum() / weight.square().sum().clamp_min(1e-30))
 
 
 def check_tokens(model: Any, tokens: Any) -> Int[Tensor, "b s"]:

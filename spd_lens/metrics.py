@@ -20,12 +20,14 @@ from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
 from spd_lens.losses import kl_divergence, mean_squared_delta
 from spd_lens.suffix import compared
+from spd_lens.tables import Shown, Tabular
 
 ASCENT_STEPS, ASCENT_RATE = 20, 0.1
+TOGETHER = 256  # sequences run at once
 
 
-@dataclass(frozen=True, eq=False)
-class Census:
+@dataclass(frozen=True, eq=False, repr=False)
+class Census(Tabular):
     """How many subcomponents are active where.
 
     Attributes:
@@ -54,11 +56,10 @@ class Census:
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("site")
 
-    def _repr_html_(self) -> str:
-        return self.table().to_html(float_format="%.3f")
-
-    def __repr__(self) -> str:
-        return f"{self.table().to_string(float_format='%.3f')}\n{self.total} distinct; read it with verify(decomposition, tokens)"
+    def _shown(self) -> Shown:
+        figures = self.table().map(lambda value: value if isinstance(value, int) else f"{value:.3f}")
+        return Shown(f"Active subcomponents (g > {self.threshold}), mean per position", figures,
+                     f"{self.total} distinct; a count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
 
 
 def census(
@@ -80,18 +81,22 @@ def census(
         if index.shape != (len(tokens),) or int(index.min()) < 0 or int(index.max()) >= tokens.shape[1]:
             raise SPDError(f"positions[{label!r}] has shape {list(index.shape)} and runs from {int(index.min())} to {int(index.max())}; "
                            f"it has to hold one position 0 … {tokens.shape[1] - 1} for each of the {len(tokens)} sequences.")  # fmt: skip
-    active = {name: g > threshold for name, g in decomposition.importances(tokens).items()}
-    rows = torch.arange(len(tokens), device=tokens.device)
-    mean_active = {}
-    for name, on in active.items():
-        number = on.sum(-1).float()
-        means = {label: float(number[rows, index.to(tokens.device)].mean()) for label, index in positions.items()}
-        mean_active[name] = {**means, "all": float(number.mean())}
-    return Census(mean_active, {name: on.any(0).any(0) for name, on in active.items()}, threshold)
+    number: dict[str, list[Tensor]] = {name: [] for name in decomposition.sites}
+    alive = {name: torch.zeros(c.C, dtype=torch.bool, device=c.V.device) for name, c in decomposition.components.items()}
+    for batch in tokens.split(TOGETHER):
+        for name, g in decomposition.importances(batch).items():
+            number[name].append((g > threshold).sum(-1).float())
+            alive[name] |= (g > threshold).flatten(0, 1).any(0)
+    rows, mean_active = torch.arange(len(tokens), device=tokens.device), {}
+    for name, parts in number.items():
+        active = torch.cat(parts)
+        means = {label: float(active[rows, index.to(tokens.device)].mean()) for label, index in positions.items()}
+        mean_active[name] = {**means, "all": float(active.mean())}
+    return Census(mean_active, alive, threshold)
 
 
-@dataclass(frozen=True, eq=False)
-class Verification:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verification(Tabular):
     """Whether a decomposition stands for its model. KL(original ‖ masked) in nats, without delta, mean over compared positions.
 
     Attributes:
@@ -134,12 +139,10 @@ class Verification:
     def as_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def _repr_html_(self) -> str:
-        return self.table().to_html(float_format="%.2e") + (f"<p><b>{CHEAT}</b></p>" if self.leans_on_inactive else "")
-
-    def __repr__(self) -> str:
-        text = self.table().to_string(float_format="%.2e")
-        return f"{text}\n{CHEAT}" if self.leans_on_inactive else text
+    def _shown(self) -> Shown:
+        active = f"{sum(self.l0.values()):.3g} active per position. "
+        return Shown("Does it stand for its model? KL(original ‖ masked) in nats, without delta", self.table().map("{:.1e}".format),
+                     active + (CHEAT if self.leans_on_inactive else ""))  # fmt: skip
 
 
 LABELS = {
@@ -156,7 +159,7 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
          "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
-def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int = 256) -> Verification:
+def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int = TOGETHER) -> Verification:
     """Cut a decomposition in every way that its count of active subcomponents promises to survive.
 
     Args:

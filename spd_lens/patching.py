@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
-from spd_lens.interventions import choice
+from spd_lens.interventions import One, choice
+from spd_lens.losses import kl_divergence
 from spd_lens.sites import Passage, Rewrite
-from spd_lens.suffix import repeated, resumed
+from spd_lens.suffix import compared, repeated, resumed
 
 Metric = Callable[[Tensor], Any]  # logits [b, s, vocabulary] → one number
 Inner = Mapping[str, Float[Tensor, "b s C"]]
@@ -93,6 +94,22 @@ def ablation_effects(
     """The exact effect of ablating each subcomponent, as `Decomposition.ablate` does; arguments and table as in `activation_patching`."""
     run = _trace(d, d.tokens(tokens))
     return _exact(d, run, _inner(d, run), None, metric, chosen, per_position, progress)
+
+
+def cut_costs(d: Decomposition, tokens: Any, chosen: Any = None, progress: bool = False) -> dict[One, float]:
+    """What cutting each subcomponent alone out of the original weights does to the outputs, whichever they are: KL(original ‖ without it) in
+    nats, mean over the compared outputs; one run each.
+
+    Args:
+        d: the decomposition.
+        tokens: `[b, s]`, run at once; or text where the model has a tokenizer.
+        chosen, progress: as in `activation_patching`.
+    """
+    tokens, positions = d.tokens(tokens), d.config.output_positions
+    with torch.no_grad():
+        clean = compared(d.model(tokens, return_type="logits"), positions)
+    table = ablation_effects(d, tokens, lambda logits: kl_divergence(clean, compared(logits, positions)).mean(), chosen, progress=progress)
+    return {(name, int(c)): float(cost) for name, c, cost in zip(table["site"], table["subcomponent"], table["effect"])}
 
 
 def _first_order(d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, per_position: bool) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.tables import Shown, Tabular
 
 try:
     from transformer_lens import HookedTransformer
@@ -32,8 +34,8 @@ MLP = {"W_in": "in", "W_gate": "gate", "W_out": "out"}
 Hook = tuple[str, Callable[..., Any]]
 
 
-@dataclass(frozen=True, eq=False)
-class Site:
+@dataclass(frozen=True, eq=False, repr=False)
+class Site(Tabular):
     """One weight matrix that can be decomposed.
 
     Attributes:
@@ -70,7 +72,12 @@ class Site:
         """Letter(s) and layer as the papers write it: `Q0`, `out3`."""
         return f"{self.kind[2:]}{self.layer}"
 
-    def __repr__(self) -> str:
+    def _shown(self) -> Shown:
+        row = {"d_in": self.d_in, "d_out": self.d_out, "heads": self.heads, "bias": "no" if self.bias is None else "yes",
+               "norm": f"{float(self.weight.norm()):.3g}"}  # fmt: skip
+        return Shown("A matrix that can be decomposed", pd.DataFrame({self.name: row}).T.rename_axis("site"))
+
+    def __repr__(self) -> str:  # a line, since they come by the dozen
         return f"Site({self.name}: {self.d_in} → {self.d_out}{'' if self.bias is None else ', biased'})"
 
 

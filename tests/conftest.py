@@ -90,3 +90,72 @@ def quick(monkeypatch):
     """Few things are tried."""
     for name, value in {"POOL": 6, "MOST": 3}.items():
         monkeypatch.setattr(surgery, name, value)
+
+
+# --- a browser ---
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium without a network; where there is none the test is skipped, unless SPD_LENS_BROWSER=required (as in CI)."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        assert os.environ.get("SPD_LENS_BROWSER") != "required", "no Chromium is installed, and SPD_LENS_BROWSER says that it is required"
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(
+            executable_path=found, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield opened
+        opened.close()
+
+
+class Visit:
+    """An open page, with all that it asked for and complained of."""
+
+    def __init__(self, browser, path, width):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, offline=True)
+        self.page = self.context.new_page()
+        self.requests, self.complaints = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.complaints.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        self.page.goto(path.resolve().as_uri())
+        self.own = self.page.url
+
+    def foreign(self):
+        """What was asked for besides the page and what lies inside it."""
+        return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))]
+
+    def overflow(self):
+        """By how many pixels the page is wider than its window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+
+    def unpainted(self):
+        """Plotly figures without anything drawn in them."""
+        script = """() => [...document.querySelectorAll('.plotly-graph-div')].filter(figure => {
+            const box = figure.getBoundingClientRect();
+            return box.width < 50 || box.height < 50 || figure.querySelectorAll('.main-svg path, .main-svg image, .main-svg rect').length < 3;
+        }).map(figure => figure.id)"""
+        return self.page.evaluate(script)
+
+
+@pytest.fixture
+def visit(browser):
+    """Open a file at a width in pixels; closed afterwards. SPD_LENS_SCREENSHOTS names a folder for what was seen."""
+    opened = []
+
+    def open_at(path, width=1280, name=None):
+        opened.append(Visit(browser, path, width))
+        folder = os.environ.get("SPD_LENS_SCREENSHOTS")
+        if folder and name:
+            opened[-1].page.wait_for_timeout(500)
+            opened[-1].page.screenshot(path=f"{folder}/{name}-{width}.png", full_page=True)
+        return opened[-1]
+
+    yield open_at
+    for one in opened:
+        one.context.close()

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from spd_lens.labels import readable, token_labels
+from spd_lens import SPDError
+from spd_lens.labels import name_tokens, readable, token_labels
+from tests import zoo
 
 
 @pytest.mark.parametrize(
@@ -19,3 +21,11 @@ def test_tokens_are_numbers_where_there_is_no_tokenizer(model):
 def test_tokens_are_text_where_there_is_one(athlete_model):
     ids = athlete_model.to_tokens("Tiger Woods plays")[0]
     assert token_labels(athlete_model, ids)[-2:] == ["·Woods", "·plays"]
+
+
+def test_names_of_ones_own_for_a_model_without_a_tokenizer():
+    model = zoo.native()
+    with pytest.raises(SPDError, match="3 names were given and the model's vocabulary has"):
+        name_tokens(model, ["a", "b", "c"])
+    name_tokens(model, [f"<{i}>\n" for i in range(model.cfg.d_vocab)])
+    assert token_labels(model, [3]) == ["<3>↵"] and token_labels(zoo.native(), [3]) == ["3"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformer_lens import patching
 
-from spd_lens import SPDConfig, SPDError, ablation_effects, activation_patching, attribution, attribution_patching, decompose
+from spd_lens import SPDConfig, SPDError, ablation_effects, activation_patching, attribution, attribution_patching, cut_costs, decompose
 from spd_lens.visits import rewrite_hooks
 from tests import zoo
 from tests.test_decomposition import scrambled
@@ -134,3 +134,13 @@ def test_bad_input(untrained, call, message):
     with pytest.raises(SPDError, match=message):
         call(untrained)
     assert torch.equal(run(untrained, CLEAN, []), clean)
+
+
+def test_what_a_cut_costs_is_the_kl_of_an_ablation(trained, tokens):
+    costs = cut_costs(trained, tokens, {"blocks.0.mlp.W_in": [1, 3]})
+    with torch.no_grad():
+        clean = trained.model(tokens).log_softmax(-1)
+        for (site, c), cost in costs.items():
+            cut = trained.model.run_with_hooks(tokens, fwd_hooks=trained.ablate({site: [c]})).log_softmax(-1)
+            assert cost == pytest.approx(float((clean.exp() * (clean - cut)).sum(-1).mean()), rel=1e-3, abs=1e-7)
+    assert set(costs) == {("blocks.0.mlp.W_in", 1), ("blocks.0.mlp.W_in", 3)}

@@ -27,6 +27,7 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.diagnostics import Diagnosis, diagnose
 from spd_lens.errors import SPDError
 from spd_lens.guards import reproducible
+from spd_lens.labels import name_tokens, token_labels
 from spd_lens.metrics import LABELS, Verification, census, verify
 from spd_lens.schema import Natural
 from spd_lens.storage import Saved, write_tensors
@@ -119,6 +120,7 @@ def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
                     parameter.zero_().requires_grad_(False)
                 else:
                     parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    name_tokens(model, [*map(str, range(SPECIAL)), "s"])
     return model.eval()
 
 
@@ -249,7 +251,7 @@ class Outcome:
 
     @property
     def example_labels(self) -> list[str]:
-        return ["s" if token == SPECIAL else str(token) for token in self.sequences.tokens[0].tolist()]
+        return token_labels(self.decomposition.model, self.sequences.tokens[0])
 
     def beside_paper(self) -> pd.DataFrame:
         """Table 1: ours, and the paper's in brackets."""

@@ -57,10 +57,10 @@ def _wrapped(bpe: Tokenizer) -> PreTrainedTokenizerFast:
 
 def packed(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int = ROW) -> Int[Tensor, "N length"]:
     """The texts one after the other, each behind a BOS, cut into rows; what does not fill a row is left out. Every row begins with BOS."""
-    bos: Any = tokenizer.bos_token_id
+    bos: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     stream = [token for text in texts for token in (bos, *tokenizer.encode(text, add_special_tokens=False))]
     many = len(stream) // (length - 1)
-    rows = torch.tensor(stream[: many * (length - 1)]).view(many, length - 1)
+    rows = torch.tensor(stream[: many * (length - 1)], dtype=torch.long).view(many, length - 1)
     return torch.cat([torch.full((many, 1), bos), rows], 1)
 
 

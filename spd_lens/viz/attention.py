@@ -1,6 +1,5 @@
 """Scores and attention, by position."""
 
-from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -11,7 +10,9 @@ from torch import Tensor
 from spd_lens.attention import PairAttention
 from spd_lens.diagnostics import Match, PositionalAlignment
 from spd_lens.viz.offline import CircuitsVisView
-from spd_lens.viz.style import GREEN, GREY, ORANGE, diverging, finish
+from spd_lens.viz.style import GREEN, GREY, ORANGE, as_text, diverging, finish
+
+LABELLED = 24  # positions of a panel that are labelled; of more, every second, third, …
 
 
 def bilinear_form(matrix: Tensor, title: str, rows: str, columns: str) -> go.Figure:
@@ -60,17 +61,22 @@ def attention_patterns(found: PairAttention) -> go.Figure:
     panels += [(f"Q·{q} × K·{k} alone, head {h}", pattern) for (q, k), h, pattern in zip(found.pairs, found.heads, found.alone)]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    labels = [escape(label) for label in found.labels]
+    labels = [as_text(label) for label in found.labels]
+    names = [f"{i}: {label}" for i, label in enumerate(labels)]
+    limit = max(float(pattern[len(pattern) // 8 :].max()) for _, pattern in panels)  # the first positions have few to attend to
+    scale = "attention" if limit > 0.9 else f"attention<br>(colours end<br>at {limit:.2g})"
     figure = make_subplots(
         rows, columns, subplot_titles=[title for title, _ in panels], horizontal_spacing=0.08, vertical_spacing=0.28 / rows
     )
     for number, (_, pattern) in enumerate(panels):
         shown = pattern.masked_fill(torch.ones_like(pattern).triu(1).bool(), torch.nan).cpu().numpy()
         where: Any = dict(row=number // columns + 1, col=number % columns + 1)
-        figure.add_heatmap(z=shown, zmin=0, zmax=1, colorscale="Cividis", colorbar=dict(title="attention"), showscale=number == 0,
-                           customdata=[labels] * len(labels), text=[[label] * len(labels) for label in labels],
-                           hovertemplate="%{text} (%{y}) attends to %{customdata} (%{x}): %{z:.3f}<extra></extra>", **where)  # fmt: skip
-        ticks = dict(tickmode="array", tickvals=list(range(len(labels))), ticktext=labels, tickfont_size=9 if len(labels) <= 30 else 6)
+        figure.add_heatmap(z=shown, zmin=0, zmax=limit, colorscale="Cividis", colorbar=dict(title=scale), showscale=number == 0,
+                           x=names, y=names, hovertemplate="%{y} attends to %{x}: %{z:.3f}<extra></extra>", **where)  # fmt: skip
+        told = range(0, len(labels), 1 + (len(labels) - 1) // LABELLED)
+        ticks = dict(
+            type="category", tickmode="array", tickvals=list(told), ticktext=[labels[i] for i in told], tickfont_size=9, showgrid=False
+        )
         figure.update_xaxes(**ticks, tickangle=-60, title="attended to" if where["row"] == rows else None, **where)
         figure.update_yaxes(**ticks, autorange="reversed", title="attends" if where["col"] == 1 else None, **where)
     return finish(figure, f"Attention of layer {found.layer}: whole heads, and pairs of subcomponents alone", 110 + 330 * rows)
@@ -107,11 +113,15 @@ def positional_alignment(found: PositionalAlignment, most: int = 4) -> go.Figure
 def match_bars(found: Match) -> go.Figure:
     """How well each K1 subcomponent reads what layer 0 wrote for s: its cosine, and the place of s among all tokens."""
     names = [f"K1·{k}" for k in found.keys]
-    figure = go.Figure(go.Bar(x=names, y=found.cosine.tolist(), marker_color=ORANGE, text=[f"s is no. {rank}" for rank in found.rank_by_cosine.tolist()],
-                              textposition="outside", cliponaxis=False, hovertemplate="%{x}: |cos| %{y:.3f}<extra></extra>"))  # fmt: skip
-    figure.update_yaxes(title="|cos| of v with what layer 0 writes for s", range=[0, 1.1])
-    figure.update_xaxes(title="subcomponent of K1, and the place of s among all tokens", type="category")
-    return finish(figure, f"Does K1 read what layer 0 wrote? (Q1 and K1 pick m in {found.picks_m:.1%} of the sequences)", 400)
+    places = [
+        f"s is no. {p} by projection, no. {c} by cosine" for p, c in zip(found.rank_by_projection.tolist(), found.rank_by_cosine.tolist())
+    ]
+    figure = go.Figure(go.Bar(y=names, x=found.cosine.tolist(), orientation="h", width=0.5, marker_color=ORANGE, text=places, textposition="inside",
+                              insidetextanchor="start", textfont_color="white", hovertemplate="%{y}: |cos| %{x:.3f}<br>%{text}<extra></extra>"))  # fmt: skip
+    figure.update_xaxes(title="|cos| of v with what layer 0 writes for s; on the bar: the place of s among all tokens", range=[0, 1])
+    figure.update_yaxes(title="subcomponent", type="category", autorange="reversed")
+    title = f"Does K1 read what layer 0 wrote? (Q1 and K1 pick m in {found.picks_m:.1%} of the sequences)"
+    return finish(figure, title, 170 + 50 * len(names))
 
 
 def _centred(form: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Circuits: which subcomponents act where, and what feeds what."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from spd_lens.graph import CircuitGraph
-from spd_lens.viz.style import BLUE, GREEN, KINDS, ORANGE, finish
+from spd_lens.viz.style import BLUE, GREEN, KINDS, ORANGE, as_text, finish
 
 
 def positional_attention_circuit(
@@ -29,7 +28,7 @@ def positional_attention_circuit(
     colours = {"Q": BLUE, "K": ORANGE, "V": GREEN}
     figure = go.Figure()
     for position, label in columns.items():
-        figure.add_annotation(x=at[position], y=0.0, text=f"<b>{escape(position)}</b><br>{escape(label)}", showarrow=False, font_size=13)
+        figure.add_annotation(x=at[position], y=0.0, text=f"<b>{as_text(position)}</b><br>{as_text(label)}", showarrow=False, font_size=13)
         figure.add_shape(type="line", x0=at[position], x1=at[position], y0=0.3, y1=3.9, line=dict(color="#d5d5d5", width=1), layer="below")
     for layer, (source, target) in enumerate((("s1", "m"), ("m", "s2"))):
         key = f"{target}→{source}"
@@ -100,7 +99,7 @@ def circuit_graph(graph: CircuitGraph, most_edges: int = 40) -> go.Figure:
             keys = [(row["site"], row["subcomponent"], row["position"]) for row in some]
             figure.add_scatter(
                 x=[at[key][0] for key in keys], y=[at[key][1] for key in keys], mode="markers+text", name=kind, text=[f"\u00a0{row['subcomponent']}" for row in some],
-                textposition="middle right", textfont_size=11, customdata=[[_named(row["site"], row["subcomponent"]), escape(graph.labels[row["position"]]), row["position"], row["inner"], row["exact"], row["effect"]] for row in some],
+                textposition="middle right", textfont_size=11, customdata=[[_named(row["site"], row["subcomponent"]), as_text(graph.labels[row["position"]]), row["position"], row["inner"], row["exact"], row["effect"]] for row in some],
                 marker=dict(symbol=symbol, color=colour, size=[9 + 15 * abs(row["exact"]) / heaviest for row in some], line=dict(color="white", width=1)),
                 hovertemplate="%{customdata[0]} at %{customdata[2]}, %{customdata[1]}<br>v·x = %{customdata[3]:.3g}<br>the metric when it is cut there: %{customdata[4]:+.3f}"
                               " (first order %{customdata[5]:+.3f})<extra></extra>",
@@ -117,7 +116,7 @@ def circuit_graph(graph: CircuitGraph, most_edges: int = 40) -> go.Figure:
         borderpad=4,
     )
     figure.update_xaxes(title="position (token)", tickmode="array", tickvals=list(range(len(used))), tickfont_size=12, showgrid=True,
-                        ticktext=[f"{p}: {escape(graph.labels[p])}" for p in used], range=[-0.6, len(used) - 0.3])  # fmt: skip
+                        ticktext=[f"{p}: {as_text(graph.labels[p])}" for p in used], range=[-0.6, len(used) - 0.3])  # fmt: skip
     figure.update_yaxes(
         title="matrix",
         tickmode="array",
@@ -130,7 +129,7 @@ def circuit_graph(graph: CircuitGraph, most_edges: int = 40) -> go.Figure:
         f"What feeds what ({len(nodes)} of {graph.active} active places, {len(edges)} edges)"
         f"<br><sub>metric {graph.metric:.2f}; these nodes alone {graph.kept:.2f}; without them {graph.cut:.2f}{agreement}</sub>"
     )
-    return finish(figure, title, 240 + 46 * len(sites), legend=dict(orientation="h", y=-95 / (120 + 46 * len(sites)), title="matrix"))
+    return finish(figure, title, 240 + 46 * len(sites), legend_title="matrix")
 
 
 def _places(nodes: pd.DataFrame) -> dict[tuple[str, int, int], float]:

@@ -1,7 +1,6 @@
 """What changes when subcomponents are cut, and what a count is worth."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import pandas as pd
@@ -11,12 +10,12 @@ from plotly.subplots import make_subplots
 
 from spd_lens.labels import token_labels
 from spd_lens.metrics import LABELS
-from spd_lens.viz.style import BLUE, GREEN, GREY, ORANGE, PURPLE, finish
+from spd_lens.viz.style import BLUE, GREEN, GREY, ORANGE, PURPLE, as_text, finish
 
 
 def answer_bars(answers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go.Figure:
     """Prompt → what was done to the model → answer → probability: a panel for each prompt, a group of bars for each thing done."""
-    titles = [escape(prompt) for prompt in answers]
+    titles = [as_text(prompt) for prompt in answers]
     figure = make_subplots(1, len(titles), subplot_titles=titles, shared_yaxes=True, horizontal_spacing=0.06)
     palette = dict(
         zip(sorted({answer for done in answers.values() for p in done.values() for answer in p}), (BLUE, ORANGE, GREEN, PURPLE, GREY))
@@ -25,9 +24,9 @@ def answer_bars(answers: Mapping[str, Mapping[str, Mapping[str, float]]]) -> go.
     for column, done in enumerate(answers.values(), start=1):
         for answer, colour in palette.items():
             values = [p.get(answer) for p in done.values()]
-            figure.add_bar(x=list(done), y=values, name=f"P({escape(answer)})", marker=dict(color=colour, pattern_shape=shapes[answer]), showlegend=column == 1,
+            figure.add_bar(x=list(done), y=values, name=f"P({as_text(answer)})", marker=dict(color=colour, pattern_shape=shapes[answer]), showlegend=column == 1,
                            text=["" if value is None else f"{value:.2f}" for value in values], textposition="outside", cliponaxis=False, row=1, col=column,
-                           hovertemplate=f"%{{x}}: P({escape(answer)}) = %{{y:.4f}}<extra></extra>")  # fmt: skip
+                           hovertemplate=f"%{{x}}: P({as_text(answer)}) = %{{y:.4f}}<extra></extra>")  # fmt: skip
     figure.update_yaxes(range=[0, 1.08])
     figure.update_yaxes(title="probability of the answer", col=1)
     return finish(figure, "What the model answers", 400, barmode="group", legend=dict(orientation="h", y=-0.2))
@@ -65,7 +64,7 @@ def ablation_bars(table: pd.DataFrame, unit: str, most: int = 25) -> go.Figure:
     figure = go.Figure(go.Bar(y=names, x=top["effect"], orientation="h", marker_color=[BLUE if effect > 0 else ORANGE for effect in top["effect"]],
                               text=[f"{effect:+.3g}" for effect in top["effect"]], textposition="auto", hovertemplate="%{y}: %{x:+.4f}<extra></extra>"))  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title=f"change of the {escape(unit)} when it is ablated")
+    figure.update_xaxes(title=f"change of the {as_text(unit)} when it is ablated")
     return finish(figure, f"What each subcomponent is worth ({len(top)} of {len(table)})", 170 + 24 * len(top))
 
 
@@ -86,7 +85,7 @@ def output_change(model: Any, tokens: Any, hooks: Sequence[Any], position: int =
         )
     top = (after - before).abs().topk(min(most, len(before))).indices.tolist()
     top.sort(key=lambda token: -float(before[token]))
-    labels, places = [escape(label) for label in token_labels(model, top)], list(range(len(top)))
+    labels, places = [as_text(label) for label in token_labels(model, top)], list(range(len(top)))
     figure = go.Figure()
     for name, p, colour, pattern in (("before", before, GREY, ""), ("after", after, BLUE, "/")):
         figure.add_bar(y=places, x=p[top].tolist(), orientation="h", name=name, marker=dict(color=colour, pattern_shape=pattern), customdata=labels,

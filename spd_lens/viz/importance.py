@@ -1,7 +1,6 @@
 """Where subcomponents are active."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import plotly.graph_objects as go
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from spd_lens.masks import THRESHOLD
 from spd_lens.viz.offline import CircuitsVisView
-from spd_lens.viz.style import BLUE, DASHES, GREEN, GREY, KINDS, ORANGE, PALETTE, PURPLE, finish, token_axis
+from spd_lens.viz.style import BLUE, DASHES, GREEN, GREY, KINDS, ORANGE, PALETTE, PURPLE, as_text, finish, token_axis
 
 
 def importance_heatmap(
@@ -26,7 +25,7 @@ def importance_heatmap(
     """
     active = _active(importances, names, sequence)
     texts, rows = [text for text, _ in active], [g for _, g in active]
-    shown = [escape(label) for label in labels]
+    shown = [as_text(label) for label in labels]
     figure = go.Figure(
         go.Heatmap(
             z=torch.stack(rows).cpu().numpy() if rows else [[0.0] * len(shown)], x=list(range(len(shown))), y=texts or ["none active"],
@@ -95,7 +94,7 @@ def active_by_layer(
     `checks` (`Verification.beside_a_count`) goes into the title: no count without it.
     """
     number = torch.stack([(g[sequence] > THRESHOLD).sum(-1) for g in importances.values()]).cpu()
-    shown = [escape(label) for label in labels]
+    shown = [as_text(label) for label in labels]
     rows = [(names or {}).get(name, name) for name in importances]
     few = number.numel() <= 600
     figure = go.Figure(go.Heatmap(z=number.numpy(), x=list(range(len(labels))), y=rows, colorscale="Cividis", xgap=1, ygap=1, zmin=0, texttemplate="%{z}" if few else None,

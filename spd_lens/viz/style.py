@@ -22,15 +22,20 @@ TEMPLATE = "plotly_white"
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
 
+def as_text(label: str) -> str:
+    """A token or another text from outside, for a place where plotly or a page reads markup (plotly knows no `&quot;`)."""
+    return escape(label, quote=False)
+
+
 def finish(figure: go.Figure, title: str, height: float | int, **layout: Any) -> go.Figure:
     """Title, font, ground and margins."""
     return figure.update_layout(template=TEMPLATE, title=dict(text=title, x=0, xanchor="left", font_size=16), height=height,
-                                font=dict(family=FONT, size=13), margin=dict(l=70, r=30, t=60, b=60), **layout)  # fmt: skip
+                                font=dict(family=FONT, size=13), margin=dict(l=70, r=30, t=70, b=60), **layout)  # fmt: skip
 
 
 def token_axis(figure: go.Figure, labels: list[str], title: str = "position (token)", **where: Any) -> None:
     """Tokens along x, each with its position, so that equal tokens stay apart."""
-    figure.update_xaxes(title=title, tickmode="array", tickvals=list(range(len(labels))), ticktext=[escape(label) for label in labels],
+    figure.update_xaxes(title=title, tickmode="array", tickvals=list(range(len(labels))), ticktext=[as_text(label) for label in labels],
                         tickangle=-60, tickfont_size=11, **where)  # fmt: skip
 
 

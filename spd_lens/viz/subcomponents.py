@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -12,7 +11,7 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.masks import THRESHOLD
 from spd_lens.viz.offline import Html
-from spd_lens.viz.style import BLUE, GREY, ORANGE, diverging, finish
+from spd_lens.viz.style import BLUE, GREY, ORANGE, as_text, diverging, finish
 
 UNITS = {"residual stream": "dot product with the token's vector", "heads": "share of the squared norm", "neurons": "entry of the vector"}
 
@@ -22,7 +21,7 @@ def reads_and_writes(card: Card) -> go.Figure:
     titles = (f"reads: {_space(card.reads_in, 'v·W_E')}", f"writes: {_space(card.writes_in, 'u·W_U')}", "importance g of all positions")
     figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.12)
     for column, (pairs, space) in enumerate(((card.reads, card.reads_in), (card.writes, card.writes_in)), start=1):
-        labels, values = [escape(label) for label, _ in pairs], [value for _, value in pairs]
+        labels, values = [as_text(label) for label, _ in pairs], [value for _, value in pairs]
         places = list(range(len(pairs)))  # two tokens may look alike
         figure.add_bar(y=places, x=values, orientation="h", marker_color=[BLUE if value > 0 else ORANGE for value in values], showlegend=False, row=1, col=column,
                        customdata=labels, hovertemplate="%{customdata}: %{x:.3f}<extra></extra>")  # fmt: skip
@@ -61,7 +60,7 @@ def context_line(context: Context) -> str:
         style = f"background: rgba({red},{green},{blue},{0.45 * abs(inner) / limit:.2f}); padding: 1px 2px; border-radius: 3px"
         style += "; text-decoration: underline" if g > THRESHOLD else ""
         style += "; font-weight: 700; outline: 1px solid #57606a" if i == context.at else ""
-        spans.append(f'<bdi style="{style}" title="v·x {inner:.3g}, g {g:.2f}">{escape(label)}</bdi>')
+        spans.append(f'<bdi style="{style}" title="v·x {inner:.3g}, g {g:.2f}">{as_text(label)}</bdi>')
     return f'<span style="color: #57606a">{context.sequence}:{context.position}</span> ' + " ".join(spans)
 
 

@@ -22,12 +22,24 @@ def training_curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, st
             y=[line["active"][site] for line in history],
             name=(names or {}).get(site, site),
             line=dict(color=colour, dash=dash),
+            legend="legend2",
             row=1,
             col=2,
         )
     if history and len(history[-1]["active"]) > 8:
-        figure.add_scatter(x=steps, y=[sum(line["active"].values()) for line in history], name="all sites", line_color=BLUE, row=1, col=2)
+        figure.add_scatter(
+            x=steps,
+            y=[sum(line["active"].values()) for line in history],
+            name="all matrices",
+            line_color=BLUE,
+            legend="legend2",
+            row=1,
+            col=2,
+        )
     figure.update_yaxes(type="log", exponentformat="power", col=1)
     figure.update_yaxes(rangemode="tozero", col=2)
     figure.update_xaxes(title="step")
-    return finish(figure, "Training", 400)
+    beside: Any = dict(x=1.02, xanchor="left", yanchor="top")
+    return finish(
+        figure, "Training", 440, legend=dict(title="loss", y=1.0, **beside), legend2=dict(title="matrix", y=0.48, **beside), showlegend=True
+    )

@@ -88,7 +88,7 @@ def test_a_swap_pairs_what_writes_to_the_same_place(s, untrained):
 
 
 def test_a_swap_takes_the_first_limits_that_suffice(s, untrained, monkeypatch):
-    pools = tuple(first_by_attribution(untrained, asked, 4) for asked in s.asked.values())
+    pools = tuple(first_by_attribution(untrained, asked, 8) for asked in s.asked.values())
     tried, guard = [], s.guard(s.known[:0])
     limits = [Limits(known=known, accuracy=1.0, mean=99.0, tail=99.0) for known in (0.0, 0.5, 1.0)]
     monkeypatch.setattr(Guard, "allows", lambda self, hooks, limit: tried.append(limit) or True)

@@ -1,61 +1,33 @@
-"""Results → one page that opens offline: nothing is requested, everything is inside."""
+"""The pages of the tasks: what each one measured, in the order in which one asks for it."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import Any
+from collections.abc import Mapping
 
 import pandas as pd
-import plotly.graph_objects as go
-import plotly.io
-from plotly.offline import get_plotlyjs
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from spd_lens import viz
+from spd_lens.graph import answer_logit, circuit_graph
 from spd_lens.metrics import CHEAT, Verification
+from spd_lens.report.model import attention, settings, subcomponents
+from spd_lens.report.page import Section, page
 from spd_lens.tasks.entangled import Outcome as Entangled
 from spd_lens.tasks.facts import Outcome as Facts
-from spd_lens.tasks.induction import PAPER, Outcome
+from spd_lens.tasks.induction import PAPER, Outcome, Sequences
 
-REPORT_BYTES = 8_000_000  # of a page: plotly itself, and our figures
-STYLE = """
-:root { color-scheme: light; }
-body { font-family: system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif; margin: 0 auto; max-width: 1080px; padding: 24px;
-  color: #1f2328; line-height: 1.5; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #d8dee4; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #57606a; white-space: nowrap; }
-.scroll { overflow-x: auto; } .note { color: #57606a; } .warn { border-left: 4px solid #D55E00; padding: .4rem .8rem; background: #fff4ec; }
-"""
+CONTEXTS = 256  # sequences in which the subcomponents of the induction circuit are looked at
 
 
-def page(title: str, lead: str, sections: Sequence[tuple[str, str, Any]]) -> str:
-    """One self-contained page: no request leaves it.
-
-    Args:
-        title, lead: plain text.
-        sections: (heading, explanation, a plotly figure, a DataFrame, or None); texts are escaped here.
-    """
-    parts = []
-    for number, (heading, explanation, content) in enumerate(sections):
-        shown = ""
-        if isinstance(content, go.Figure):
-            shown = plotly.io.to_html(content, include_plotlyjs=False, full_html=False, div_id=f"figure-{number}",
-                                      config={"displaylogo": False, "responsive": True})  # fmt: skip
-        elif isinstance(content, pd.DataFrame):
-            shown = f'<div class="scroll">{content.reset_index().to_html(border=0, escape=True, index=False)}</div>'
-        kind = "warn" if heading.startswith("Warning") else "note"
-        parts.append(f'<section><h2>{escape(heading)}</h2><p class="{kind}">{escape(explanation)}</p>{shown}</section>')
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head>"
-        f"<body><h1>{escape(title)}</h1><p>{escape(lead)}</p>{''.join(parts)}</body></html>"
-    )
+def cheat(verification: Verification) -> list[Section]:
+    return [("Warning: this count is a cheat", CHEAT, None)] if verification.leans_on_inactive else []
 
 
 def induction_page(outcome: Outcome) -> str:
     """The report of `spd-lens induction`."""
-    verification, config = outcome.verification, outcome.decomposition.config
-    sections: list[tuple[str, str, Any]] = [
+    verification, d = outcome.verification, outcome.decomposition
+    example, answer = _example(outcome.sequences)
+    sections: list[Section] = [
         (
             "The circuit",
             "Sequences of 64 random tokens hold the token s twice; at the second one (s2) the model has to say m, the token that followed "
@@ -97,10 +69,25 @@ def induction_page(outcome: Outcome) -> str:
             outcome.interventions_table(),
         ),
         (
+            "One sequence's circuit",
+            "What feeds what for the answer at s2, in the first sequence in which s comes early. Marks: subcomponents at their positions, larger where ablating them there costs more; lines: what one adds to the "
+            "other's activation, checked by subtracting it. The metric is the answer's logit less the mean logit. Hover for figures.",
+            viz.circuit_graph(circuit_graph(d, example, answer_logit(answer))),
+        ),
+        subcomponents(d, outcome.sequences.tokens[:CONTEXTS]),
+        (
             "Site by site",
-            "The same for the active subcomponents of one site.",
+            "Accuracy of the original model without the active subcomponents of one site.",
             pd.DataFrame({"accuracy when cut": outcome.ablated}).rename_axis("site").round(4),
         ),
+        *attention(d, example),
+        (
+            "Positional alignment",
+            "Each K0 subcomponent with all of Q0's: the score of the query at one position for s at another, and below it the mean along each diagonal. An induction "
+            "circuit peaks one before the query.",
+            viz.positional_alignment(outcome.diagnosis.alignment),
+        ),
+        ("The match", "Whether K1 reads what layer 0 writes for s.", viz.match_bars(outcome.diagnosis.match)),
         (
             "By position",
             "The census as bars.",
@@ -119,17 +106,29 @@ def induction_page(outcome: Outcome) -> str:
         (
             "Settings",
             "Everything that made this run.",
-            pd.DataFrame({"value": {k: str(v) for k, v in config.to_json().items()}}).rename_axis("setting"),
+            settings(outcome.decomposition.config),
         ),
     ]
-    if warning := cheat_warning(verification):
-        sections.insert(0, ("Warning: this count is a cheat", warning, None))
+    sections = cheat(verification) + sections
     lead = (
         f"Seed {outcome.seed}: {outcome.distinct['total']} distinct subcomponents ({outcome.distinct['total_without_s_first']} without the "
         f"sequences that begin with s); {verification.beside_a_count}; accuracy with hard masks {outcome.accuracy_hard:.4f}; "
         f"{sum(outcome.seconds.values()):.0f} s in all."
     )
     return page("The induction circuit in rank-one subcomponents", lead, sections)
+
+
+def behind(prompts: Int[Tensor, "N s"], text: Int[Tensor, "K t"]) -> Int[Tensor, "M t"]:
+    """Where contexts are looked for: the prompts, each with text behind it, and more text."""
+    rest = text[: len(prompts), : text.shape[1] - prompts.shape[1]]
+    return torch.cat([torch.cat([prompts[: len(rest)], rest], 1), text])
+
+
+def _example(found: Sequences) -> tuple[Int[Tensor, "1 s"], int]:
+    """The first sequence with s1 at 4 to 8 and its answer: a picture of it has few columns."""
+    s1 = found.positions["s1"]
+    row = int(((s1 >= 4) & (s1 <= 8)).int().argmax())
+    return found.tokens[row : row + 1], int(found.answers[row])
 
 
 def study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int]]) -> str:
@@ -152,14 +151,10 @@ def study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int
     )
 
 
-def cheat_warning(verification: Verification) -> str | None:
-    return CHEAT if verification.leans_on_inactive else None
-
-
 def facts_page(outcome: Facts) -> str:
     """The report of `spd-lens facts`."""
     golf, basketball = outcome.cuts["golf"], outcome.cuts["basketball"]
-    sections: list[tuple[str, str, Any]] = [
+    sections: list[Section] = [
         (
             "What is cut, and what stays",
             "Probability of each answer at its prompt, in the original model, after golf's subcomponents are taken out of the original "
@@ -197,15 +192,15 @@ def facts_page(outcome: Facts) -> str:
             "matrix to the delta, so that V·U is far from W.",
             outcome.verification_table(),
         ),
+        subcomponents(outcome.decomposition, outcome.setting.prompts, behind(outcome.setting.prompts, outcome.setting.text)),
         ("Training", "Unweighted losses and active subcomponents on the prompts.", viz.training_curves(outcome.decomposition.history)),
         (
             "Settings",
             "Everything that made this run.",
-            pd.DataFrame({"value": {k: str(v) for k, v in outcome.decomposition.config.to_json().items()}}).rename_axis("setting"),
+            settings(outcome.decomposition.config),
         ),
     ]
-    if warning := cheat_warning(outcome.verification):
-        sections.insert(0, ("Warning: this count is a cheat", warning, None))
+    sections = cheat(outcome.verification) + sections
     lead = (
         f"Seed {outcome.seed}: {sum(outcome.active.values())} of {outcome.allocated} subcomponents are active on the prompts; "
         f"{outcome.verification.beside_a_count}; {sum(outcome.seconds.values()):.0f} s in all."
@@ -226,7 +221,7 @@ def entangled_page(outcome: Entangled) -> str:
         }
         for concept in names
     }
-    sections: list[tuple[str, str, Any]] = [
+    sections: list[Section] = [
         (
             "What is cut, and what stays",
             "Probability of the answer about the pair, the colour and the fruit, each at its own prompt, after each one's subcomponents are taken out of "
@@ -252,15 +247,17 @@ def entangled_page(outcome: Entangled) -> str:
             "matrix to the delta, so that V·U is far from W.",
             outcome.verification_table(),
         ),
+        subcomponents(
+            outcome.decomposition, outcome.setting.together.tokens, behind(outcome.setting.together.tokens, outcome.setting.text)
+        ),
         ("Training", "Unweighted losses and active subcomponents on the prompts.", viz.training_curves(outcome.decomposition.history)),
         (
             "Settings",
             "Everything that made this run.",
-            pd.DataFrame({"value": {k: str(v) for k, v in outcome.decomposition.config.to_json().items()}}).rename_axis("setting"),
+            settings(outcome.decomposition.config),
         ),
     ]
-    if warning := cheat_warning(outcome.verification):
-        sections.insert(0, ("Warning: this count is a cheat", warning, None))
+    sections = cheat(outcome.verification) + sections
     lead = f"Seed {outcome.seed}: {outcome.distinct} subcomponents are active on the prompts; {outcome.verification.beside_a_count}."
     return page(f"“{names[0]}” in rank-one subcomponents", lead, sections)
 

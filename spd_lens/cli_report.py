@@ -1,0 +1,129 @@
+"""`spd-lens report`: parse, call, print."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from spd_lens.decomposition import Decomposition
+from spd_lens.errors import SPDError
+from spd_lens.hub import load_model
+from spd_lens.report import REPORT_BYTES, behind, induction_page, write_report
+from spd_lens.report.model import MOST
+from spd_lens.storage import check_writable, write_text
+from spd_lens.tasks import athletes, entangled, facts, fruits, induction
+from spd_lens.tasks.language import packed
+
+ABOUT = """One self-contained page about a saved decomposition: whether its count can be trusted, the circuit of a prompt, and every active
+subcomponent with a card (what it reads and writes, where, its partners). It opens without a network.
+
+FOLDER is what `spd-lens induction`, `facts` or `entangled` wrote with --out, which holds the model too; or what Decomposition.save wrote, of a model
+of the hub: then name it with --model, and give text of the kind that it was learnt on with --text."""
+
+
+def add_report(commands: Any) -> None:
+    parser = commands.add_parser("report", help="a self-contained page about a saved decomposition", description=ABOUT,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with the decomposition")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (FOLDER/report.html; of facts and entangled, whose report.html "
+                        "holds their cuts, FOLDER/subcomponents.html)")  # fmt: skip
+    parser.add_argument("--model", metavar="NAME", help="of the hub, as gpt2")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text; documents are parted by empty lines")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row of the text (%(default)s)")
+    parser.add_argument("--sequences", type=int, default=256, help="rows of the text that are looked at, at most (%(default)s)")
+    parser.add_argument("--prompt", help="whose circuit is drawn (the first row of the text)")
+    parser.add_argument("--answer", help="the token whose logit the circuit is of (the model's own first choice)")
+    parser.add_argument("--most", type=int, default=MOST, help="cards, at most (%(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(call=_call)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model and what is to be looked at; arguments of `write_report`."""
+
+    model: Any
+    page: str = "report.html"
+    looked_at: Callable[[], dict[str, Any]] = field(default=dict)
+
+
+def _call(options: argparse.Namespace, console: Console) -> None:
+    for name in ("length", "sequences", "most"):
+        if getattr(options, name) < (2 if name == "length" else 1):
+            raise SPDError(f"--{name} was given as {getattr(options, name)}; it has to be at least {2 if name == 'length' else 1}.")
+    folder = options.folder
+    place = folder if (folder / "decomposition.json").exists() else folder / "decomposition"
+    if not (place / "decomposition.json").exists():
+        raise SPDError(f"{folder} holds no decomposition (no decomposition.json there or in decomposition/); give a folder that Decomposition.save or "
+                       "spd-lens induction, facts or entangled wrote.")  # fmt: skip
+    if options.model is None and (target := _induction_target(folder)) is not None:
+        d = Decomposition.load(place, induction.load_target(target))
+        out = options.out or folder / "report.html"
+        check_writable(out.parent, REPORT_BYTES)
+        write_text(out, induction_page(induction.measure(d, d.config.seed, {})))
+    else:
+        source = _source(options)
+        d = Decomposition.load(place, source.model)
+        looked_at = source.looked_at()
+        if options.prompt is not None:
+            looked_at["prompt"] = options.prompt
+            looked_at.pop("answer", None)
+        if options.answer is not None:
+            looked_at["answer"] = _token(source.model, options.answer)
+        out = write_report(d, path=options.out or folder / source.page, most=options.most, progress=not options.quiet, **looked_at)
+    console.print(f"{out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
+def _induction_target(folder: Path) -> Path | None:
+    """Of a run alone, or of one among several seeds."""
+    beside = sorted(folder.resolve().parent.glob(f"target-{folder.name.removeprefix('seed-')}.safetensors"))
+    return next((path for path in (folder / "target.safetensors", *beside) if path.exists()), None)
+
+
+def _source(options: argparse.Namespace) -> _Source:
+    target = options.folder / "target"
+    if options.model is not None:
+        model = load_model(options.model)
+        return _Source(model, looked_at=lambda: {"tokens": _rows(model, options)})
+    if not target.exists():
+        raise SPDError(
+            f"{options.folder} holds no model beside the decomposition; name the one that it is of with --model, and give text with --text."
+        )
+    try:
+        model, setting = athletes.load_target(target), facts.setting
+    except SPDError as error:
+        if "holds the target of the task" not in str(error):
+            raise
+        model, setting = fruits.load_target(target), entangled.setting
+    return _Source(model, "subcomponents.html", lambda: _asked(setting(model, 0)))
+
+
+def _asked(setting: Any) -> dict[str, Any]:
+    """The prompts of a task, with the first one's circuit, and more text for contexts."""
+    prompts = setting.prompts if isinstance(setting, facts.Setting) else setting.together.tokens
+    first = next(iter(setting.asked.values()))
+    return {"tokens": prompts, "prompt": first.tokens, "answer": int(first.answers[0]), "contexts": behind(prompts, setting.text)}
+
+
+def _rows(model: Any, options: argparse.Namespace) -> torch.Tensor:
+    if options.text is None:
+        raise SPDError("no text was given; give a file with text of the kind that the decomposition was learnt on with --text.")
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SPDError(f"{options.text} cannot be read as UTF-8 text ({error}).") from error
+    rows = packed(model.tokenizer, [part for part in text.split("\n\n") if part.strip()], min(options.length, model.cfg.n_ctx))
+    if not len(rows):
+        raise SPDError(f"{options.text} holds fewer than {options.length} tokens, not one row; give more text, or a smaller --length.")
+    return rows[: options.sequences]
+
+
+def _token(model: Any, text: str) -> int:
+    ids = [] if model.tokenizer is None else model.tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise SPDError(f"--answer {text!r} is {len(ids)} tokens; give one, mind the space before a word.")
+    return ids[0]
