@@ -107,7 +107,7 @@ class SPDConfig:
         seed: of everything random.
         device: where the model is expected; None takes the model's.
         weights: of each loss, by name (see `spd_lens.losses.LOSSES`); a loss without weight is not computed.
-        minimality_power: p of |g|^p in every term that counts subcomponents.
+        minimality_power: p of `|g|^p` in every term that counts subcomponents.
         frequency_scale: active positions per sequence below which the frequency term is linear.
         masks: `mixed` draws r = 0 for 30 % of the sequences, a coin for 20 %, uniform for the rest; `uniform` (the paper's)
             can be cheated by a model that leans on half-strength subcomponents.
