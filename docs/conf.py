@@ -157,6 +157,11 @@ def _signature(app: Sphinx, what: str, name: str, it: Any, options: Any, signatu
     return f"({', '.join(star + shown)})", ""
 
 
+def _docstring(app: Sphinx, what: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings say |x| for an absolute value; reStructuredText would look for a substitution of that name."""
+    lines[:] = ["`".join(re.sub(r"\|", r"\\|", part) if i % 2 == 0 else part for i, part in enumerate(line.split("`"))) for line in lines]
+
+
 # --- the command line ---
 
 
@@ -180,4 +185,5 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", _write_plotly)
     app.connect("source-read", _read)
     app.connect("autodoc-process-signature", _signature)
+    app.connect("autodoc-process-docstring", _docstring)
     app.connect("html-page-context", _with_plotly)
