@@ -23,7 +23,12 @@ from sphinx.util import logging
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "COLUMNS": "110", "NO_COLOR": "1"}  # argparse takes its width from COLUMNS
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "COLUMNS": "110",
+    "NO_COLOR": "1",
+}  # argparse takes its width from COLUMNS
 log = logging.getLogger(__name__)
 
 project = "spd_lens"
@@ -110,7 +115,9 @@ def _bring(tutorials: Path, into: Path) -> None:
 
 def _notebooks() -> str:
     found = sorted(path.stem for path in (ROOT / "docs" / "tutorials").glob("*.ipynb"))
-    return "\n".join(["```{toctree}", ":maxdepth: 1", *(f"tutorials/{name}" for name in found), "```"]) if found else "This checkout has none."
+    return (
+        "\n".join(["```{toctree}", ":maxdepth: 1", *(f"tutorials/{name}" for name in found), "```"]) if found else "This checkout has none."
+    )
 
 
 def drawn(notebook: dict[str, Any], docname: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,22 @@ def small(code):
 
 
 @pytest.mark.parametrize(
-    "page", ["start", "howto/sites", "howto/own-model", "howto/report", "howto/share", "concepts/subcomponents", "concepts/targeted", "design"]
+    "page",
+    ["start", "howto/sites", "howto/own-model", "howto/report", "howto/share", "concepts/subcomponents", "concepts/targeted", "design"],
 )
 @pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank")
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokens = small_model(), zoo.tokens(4)
     decomposition = spd_lens.decompose(model, tokens, spd_lens.SPDConfig(steps=1, subcomponents=12, batch_size=2), progress=False)
-    scope = {"spd_lens": spd_lens, "torch": torch, "small_model": small_model, "model": model, "tokens": tokens, "decomposition": decomposition}
+    scope = {
+        "spd_lens": spd_lens,
+        "torch": torch,
+        "small_model": small_model,
+        "model": model,
+        "tokens": tokens,
+        "decomposition": decomposition,
+    }
     scope |= {"prompts": zoo.tokens(2), "other_text": zoo.tokens(4, seed=1), "site": "blocks.0.mlp.W_in"}
     if page == "concepts/targeted":
         short = spd_lens.SPDConfig.targeted(steps=1, subcomponents=4, batch_size=2, gate_width=2)
@@ -89,7 +98,7 @@ def reasons():
 def quoted():
     for page in sorted((DOCS / "errors").glob("*.md")):
         for block in re.findall(r"```none\n(.*?)```", page.read_text(), re.DOTALL):
-            yield from ((page.name, line) for line in block.splitlines())
+            yield from ((page.name, line) for line in block.splitlines() if line)
 
 
 def source_of(line, known):
@@ -120,7 +129,10 @@ def test_every_error_has_a_page():
 
 def notebook():
     """One plotly figure whose labels would end the script or the page, and prose with a link into docs."""
-    figure = {"data": [{"type": "bar", "x": ["</script><b>", "<!--", "\u2028"], "y": [1, 2, 3]}], "layout": {"title": {"text": "</script>"}}}
+    figure = {
+        "data": [{"type": "bar", "x": ["</script><b>", "<!--", "\u2028"], "y": [1, 2, 3]}],
+        "layout": {"title": {"text": "</script>"}},
+    }
     output = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": figure}}
     html = {"output_type": "display_data", "metadata": {}, "data": {"text/html": "<b id='own'>as it is</b>", "text/plain": "view"}}
     code = {"cell_type": "code", "id": "b", "execution_count": 1, "metadata": {}, "source": "figure", "outputs": [output, html, output]}
@@ -137,19 +149,12 @@ def site(tmp_path_factory):
     """The pages as `make docs` builds them, and one notebook more."""
     pytest.importorskip("sphinx")
     root = tmp_path_factory.mktemp("site")
-    for name in ("docs", "spd_lens", "tutorials", "CHANGELOG.md"):
-        if (ROOT / name).exists() and name != "docs":
-            (root / name).symlink_to(ROOT / name)
-    for path in [*DOCS.rglob("*")]:
-        inside = path.relative_to(DOCS)
-        if path.is_file() and inside.parts[0] not in ("_build", "tutorials"):
-            (root / "docs" / inside).parent.mkdir(parents=True, exist_ok=True)
-            (root / "docs" / inside).write_bytes(path.read_bytes())
-    if (root / "tutorials").is_symlink():
-        (root / "tutorials").unlink()
+    shutil.copytree(DOCS, root / "docs", ignore=shutil.ignore_patterns("_build", "tutorials"))
+    shutil.copytree(PACKAGE, root / "spd_lens", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "CHANGELOG.md", root)
     (root / "tutorials").mkdir()
     for path in (ROOT / "tutorials").glob("*.ipynb"):
-        (root / "tutorials" / path.name).write_bytes(path.read_bytes())
+        shutil.copy(path, root / "tutorials")
     (root / "tutorials" / "zz-test.ipynb").write_text(json.dumps(notebook()))
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", root / "docs", root / "out"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
