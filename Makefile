@@ -18,7 +18,8 @@ lint: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(VENV)/installed  ## install, then the documentation, strictly: out/docs/index.html
-	$(BIN)/sphinx-build -W --keep-going -n -q -b html -d out/docs-state docs out/docs
+	@# -E: a page that is kept from an earlier build would not warn again
+	$(BIN)/sphinx-build -W --keep-going -n -q -E -b html -d out/docs-state docs out/docs
 	@echo "See out/docs/index.html"
 
 picture:  ## the README's picture: the head of the report of `make demo` (needs chromium)

@@ -19,6 +19,7 @@ from docutils import nodes
 from docutils.utils.math import MathError, latex2mathml
 from plotly.offline import get_plotlyjs
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
 from sphinx.util import logging
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
-    "COLUMNS": "110",
+    "COLUMNS": "86",
     "NO_COLOR": "1",
 }  # argparse takes its width from COLUMNS
 log = logging.getLogger(__name__)
@@ -164,8 +165,18 @@ def _signature(app: Sphinx, what: str, name: str, it: Any, options: Any, signatu
     return f"({', '.join(star + shown)})", ""
 
 
+PROPERTIES = ("property", "attribute", "data")
+_whole: dict[str, list[str]] = {}  # docstrings of properties, before napoleon took what stands before a colon for a type
+
+
+def _keep_property(app: Sphinx, what: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
+    if what in PROPERTIES:
+        _whole[name] = list(lines)
+
+
 def _docstring(app: Sphinx, what: str, name: str, it: Any, options: Any, lines: list[str]) -> None:
     """Docstrings say |x| for an absolute value; reStructuredText would look for a substitution of that name."""
+    lines[:] = _whole.pop(name, lines)
     lines[:] = ["`".join(re.sub(r"\|", r"\\|", part) if i % 2 == 0 else part for i, part in enumerate(line.split("`"))) for line in lines]
 
 
@@ -179,7 +190,7 @@ def _commands() -> str:
 
 
 def _help(parser: argparse.ArgumentParser, level: int) -> list[str]:
-    parts = [f"{'#' * level} `{parser.prog}`\n\n```text\n{parser.format_help()}```\n"]
+    parts = [f"{'#' * level} `{parser.prog}`\n\n```none\n{parser.format_help()}```\n"]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             parts += [part for name in action.choices for part in _help(action.choices[name], min(level + 1, 4))]
@@ -192,5 +203,9 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", _write_plotly)
     app.connect("source-read", _read)
     app.connect("autodoc-process-signature", _signature)
-    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-process-docstring", _keep_property, priority=400)
+    app.connect("autodoc-process-docstring", _docstring, priority=600)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.connect("html-page-context", _with_plotly)
