@@ -88,8 +88,7 @@ def _mathml(self: Any, node: nodes.Element) -> None:
 
 FIGURE = "application/vnd.plotly.v1+json"
 DRAW = """<div id="{id}" class="plotly-figure"></div>
-<script>document.addEventListener("DOMContentLoaded", () => {{ const figure = {figure};
-Plotly.newPlot("{id}", figure.data, figure.layout, {{displaylogo: false, responsive: true}}); }});</script>
+<script>document.addEventListener("DOMContentLoaded", () => Plotly.newPlot("{id}", {figure}));</script>
 """
 
 
@@ -126,12 +125,14 @@ def drawn(notebook: dict[str, Any], docname: str) -> dict[str, Any]:
     number = 0
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = re.sub(r"\]\((\.\./)docs/", r"](\1", "".join(cell["source"]))
+            text = re.sub(r"\]\(\.\./docs/", "](../", "".join(cell["source"]))
+            cell["source"] = text.replace("](../README.md", "](../index.md")
         for output in cell.get("outputs", []):
             if FIGURE in output.get("data", {}):
                 number += 1
                 figure = output["data"].pop(FIGURE)
-                text = json.dumps({"data": figure["data"], "layout": figure.get("layout", {})})
+                shown = {"data": figure["data"], "layout": figure.get("layout", {}), "frames": figure.get("frames", [])}
+                text = json.dumps({**shown, "config": {"displaylogo": False, "responsive": True}})
                 text = text.replace("<", "\\u003c")  # a label must not end the script
                 text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
                 place = f"{docname.replace('/', '-')}-{number}"

@@ -136,7 +136,12 @@ def notebook():
     output = {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.plotly.v1+json": figure}}
     html = {"output_type": "display_data", "metadata": {}, "data": {"text/html": "<b id='own'>as it is</b>", "text/plain": "view"}}
     code = {"cell_type": "code", "id": "b", "execution_count": 1, "metadata": {}, "source": "figure", "outputs": [output, html, output]}
-    prose = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# A notebook\n", "\n", "See [the method](../docs/method.md)."]}
+    prose = {
+        "cell_type": "markdown",
+        "id": "a",
+        "metadata": {},
+        "source": ["# A notebook\n", "\n", "See [the method](../docs/method.md), [the start](../README.md)."],
+    }
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "language_info": {"name": "python"}}
     return {"cells": [prose, code], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
 
@@ -228,7 +233,7 @@ def test_a_notebooks_figures_are_drawn_and_its_links_lead_to_pages(site):
     text = (site / "tutorials" / "zz-test.html").read_text()
     assert text.count("Plotly.newPlot(") == 2 and text.count('class="plotly-figure"') == 2
     assert "\\u003c/script>" in text and "</script><b>" not in text
-    assert "<b id='own'>as it is</b>" in text and 'href="../method.html"' in text
+    assert "<b id='own'>as it is</b>" in text and 'href="../method.html"' in text and 'href="../index.html"' in text
     assert "zz-test.html" in (site / "tutorials.html").read_text()
 
 
