@@ -4,7 +4,7 @@ BIN     = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test lint picture clean
+.PHONY: demo test lint docs picture clean
 
 demo: $(VENV)/installed  ## install, then take the induction circuit apart: out/induction/report.html
 	$(BIN)/spd-lens induction --out out/induction
@@ -16,6 +16,11 @@ test: $(VENV)/installed  ## install, then every test
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/installed  ## install, then the documentation, strictly: out/docs/index.html
+	@# -E: a page that is kept from an earlier build would not warn again
+	$(BIN)/sphinx-build -W --keep-going -n -q -E -b html -d out/docs-state docs out/docs
+	@echo "See out/docs/index.html"
 
 picture:  ## the README's picture: the head of the report of `make demo` (needs chromium)
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=8000 --window-size=1100,815 \

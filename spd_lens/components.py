@@ -31,9 +31,11 @@ class Components(nn.Module):
 
     @property
     def C(self) -> int:
+        """How many subcomponents the site has."""
         return self.V.shape[1]
 
     def inner(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch C"]:
+        """Inner activations `x·V`: what each subcomponent reads."""
         return x @ self.V
 
     def delta(self, weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_in d_out"]:

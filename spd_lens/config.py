@@ -42,6 +42,7 @@ class Schedule:
 
     @classmethod
     def of(cls, value: Any) -> "Schedule":
+        """From a number, (fraction, value) pairs, or what a Schedule was in JSON; a Schedule stays what it is."""
         if isinstance(value, Schedule):
             return value
         if isinstance(value, Mapping):
@@ -52,9 +53,11 @@ class Schedule:
         return cls(((0.0, value),)) if isinstance(value, (int, float)) else cls(value)
 
     def times(self, factor: float | int) -> "Schedule":
+        """The same shape with every value multiplied."""
         return dataclasses.replace(self, points=[(at, factor * value) for at, value in self.points])
 
     def at(self, fraction: float | int) -> float:
+        """The value at this fraction (0 … 1) of the training."""
         before, after = self.points[0], self.points[-1]
         if fraction < before[0] or len(self.points) == 1:
             return before[1]
@@ -107,7 +110,7 @@ class SPDConfig:
         seed: of everything random.
         device: where the model is expected; None takes the model's.
         weights: of each loss, by name (see `spd_lens.losses.LOSSES`); a loss without weight is not computed.
-        minimality_power: p of |g|^p in every term that counts subcomponents.
+        minimality_power: p of `|g|^p` in every term that counts subcomponents.
         frequency_scale: active positions per sequence below which the frequency term is linear.
         masks: `mixed` draws r = 0 for 30 % of the sequences, a coin for 20 %, uniform for the rest; `uniform` (the paper's)
             can be cheated by a model that leans on half-strength subcomponents.
@@ -208,11 +211,14 @@ class SPDConfig:
         return any(name.startswith("background") for name in self.weights)
 
     def replace(self, **changes: Any) -> "SPDConfig":
+        """The same config but for `changes`, checked anew."""
         return type(self)(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})
 
     def to_json(self) -> dict[str, Any]:
+        """Plain numbers, texts, lists and mappings, as `decomposition.json` holds them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "SPDConfig":
+        """What `to_json` gave; unknown names and wrong types are refused."""
         return cls(**data)

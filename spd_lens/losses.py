@@ -100,6 +100,8 @@ def mean_power(z: Float[Tensor, "b s C"], power: float | int) -> Float[Tensor, "
 
 @dataclass(frozen=True)
 class Reconstruction:
+    """A loss `KL(original ‖ masked)` in nats: which values the masks take, and which sites are replaced at once."""
+
     sampler: masks.Sampler
     router: masks.Router
 
@@ -110,6 +112,7 @@ def faithfulness(step: Pass) -> Float[Tensor, ""]:
 
 
 def mean_squared_delta(sites: Mapping[str, Site], components: Mapping[str, Components]) -> Float[Tensor, ""]:
+    """Mean over all entries of these sites' weights of `(W - V·U)²`, in squared weight units."""
     squares = [components[name].delta(site.weight).square().sum() for name, site in sites.items()]
     return torch.stack(squares).sum() / sum(site.weight.numel() for site in sites.values())
 

@@ -38,6 +38,7 @@ class Draw:
     alive: Mapping[str, Tensor] = field(default_factory=dict)
 
     def uniform(self, *shape: int, like: Tensor) -> Tensor:
+        """`U(0, 1)` of this shape, in the type and on the device of `like`."""
         return torch.rand(*shape, generator=self.generator, dtype=like.dtype, device=like.device)
 
 
@@ -75,6 +76,7 @@ def coins(importances: Importances, draw: Draw) -> Masks:
 
 
 def stochastic(importances: Importances, draw: Draw) -> Masks:
+    """`mixed` or `uniform`, as `draw.kind` says: what `SPDConfig.masks` chooses."""
     return {"mixed": mixed, "uniform": uniform}[draw.kind](importances, draw)
 
 
@@ -89,6 +91,7 @@ def soft(importances: Importances, draw: Draw | None = None) -> Masks:
 
 
 def ones(importances: Importances, draw: Draw | None = None) -> Masks:
+    """1 everywhere: the sum of all subcomponents."""
     return {name: torch.ones_like(g) for name, g in importances.items()}
 
 
@@ -98,6 +101,7 @@ def alive(importances: Importances, draw: Draw) -> Masks:
 
 
 def zeros(importances: Importances, draw: Draw | None = None) -> Masks:
+    """0 everywhere: what the sites write without any subcomponent, the bias (and the delta where it is on)."""
     return {name: torch.zeros_like(g) for name, g in importances.items()}
 
 
@@ -112,6 +116,7 @@ def ascend(sources: Mapping[str, Tensor], gradients: Mapping[str, Tensor], step:
 
 
 def every_site(names: Sequence[str], draw: Draw) -> list[list[str]]:
+    """All sites in one pass."""
     return [list(names)]
 
 

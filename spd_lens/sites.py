@@ -52,14 +52,17 @@ class Site(Tabular):
 
     @property
     def d_in(self) -> int:
+        """Width of what it reads: d_model, d_mlp, or heads · d_head of W_O."""
         return self.weight.shape[0]
 
     @property
     def d_out(self) -> int:
+        """Width of what it writes."""
         return self.weight.shape[1]
 
     @property
     def layer(self) -> int:
+        """The block that it is in, from 0."""
         return int(self.name.split(".")[1])
 
     @property

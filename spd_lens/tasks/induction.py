@@ -80,6 +80,7 @@ class Sequences:
 
 
 def sequences(many: int, generator: torch.Generator) -> Sequences:
+    """This many sequences `[N, 64]` of uniform random tokens, with s at a random position and again at the last."""
     tokens = torch.randint(SPECIAL, (many, CONTEXT), generator=generator)
     rows = torch.arange(many)
     s1 = torch.randint(CONTEXT - 2, (many,), generator=generator)
