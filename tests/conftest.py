@@ -95,9 +95,12 @@ def quick(monkeypatch):
 # --- a browser ---
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium without a network; where there is none the test is skipped, unless SPD_LENS_BROWSER=required (as in CI)."""
+    """Headless Chromium without a network; where there is none the test is skipped, unless SPD_LENS_BROWSER=required (as in CI).
+
+    Of one file, since no other event loop runs beside Playwright's.
+    """
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         assert os.environ.get("SPD_LENS_BROWSER") != "required", "no Chromium is installed, and SPD_LENS_BROWSER says that it is required"
@@ -123,8 +126,10 @@ class Visit:
         self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("dialog", lambda dialog: self.complaints.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        self.page.on("requestfailed", lambda request: self.complaints.append(f"missing: {request.url}"))
         self.page.goto(path.resolve().as_uri())
         self.own = self.page.url
+        self.close = self.context.close
 
     def foreign(self):
         """What was asked for besides the page and what lies inside it."""
@@ -158,4 +163,4 @@ def visit(browser):
 
     yield open_at
     for one in opened:
-        one.context.close()
+        one.close()

@@ -190,34 +190,16 @@ def test_the_site_asks_nothing_of_a_network(site):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
-def test_a_browser_asks_for_files_alone_and_no_page_is_wider_than_a_small_window(site):
-    """Run in a process of its own, since a browser's event loop stays behind."""
-    asked = """
-import pathlib, sys
-from playwright.sync_api import sync_playwright
-wrong = []
-with sync_playwright() as p:
-    browser = p.chromium.launch(executable_path=sys.argv[2], args=["--no-sandbox"])
-    page = browser.new_page(viewport={"width": 600, "height": 900})
-    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or wrong.append(r.url))
-    page.on("requestfailed", lambda r: wrong.append(f"missing: {r.url}"))
-    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
-    for path in sorted(pathlib.Path(sys.argv[1]).rglob("*.html")):
-        if "_modules" not in path.parts:
-            page.goto(path.as_uri())
-            page.wait_for_timeout(100)
-            if path.stem == "zz-test":
-                drawn = page.locator(".plotly-figure .main-svg").count()
-                drawn or wrong.append("the notebook's figures are not drawn")
-            if (width := page.evaluate("document.documentElement.scrollWidth")) > 600:
-                wrong.append(f"{path} is {width} wide")
-    browser.close()
-print(wrong)
-"""
-    pytest.importorskip("playwright")
-    done = subprocess.run([sys.executable, "-c", asked, site, shutil.which("chromium")], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]
+def test_a_browser_asks_for_files_alone_and_no_page_is_wider_than_a_small_window(site, visit):
+    for path in sorted(site.rglob("*.html")):
+        if "_modules" in path.parts:
+            continue
+        seen = visit(path, 600, path.stem if path.parent.name == "tutorials" else None)
+        assert seen.complaints == [] and seen.foreign() == [] and seen.overflow() <= 0, path
+        if path.parent.name == "tutorials":
+            assert seen.page.locator(".plotly-figure").count() == seen.page.locator(".plotly-figure:has(.main-svg)").count(), path
+            assert seen.page.locator("[id^=circuitsvis-]").count() == seen.page.locator("[id^=circuitsvis-] > *").count(), path
+        seen.close()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from spd_lens.viz.style import BLUE, DASHES, PALETTE, finish
 
 def training_curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, str] | None = None) -> go.Figure:
     """Every loss (unweighted) and the number of active subcomponents per position, over training steps; `names`: site → short."""
-    figure = make_subplots(1, 2, subplot_titles=("losses (KL in nats; others in their own units)", "active subcomponents per position"))
+    figure = make_subplots(1, 2, horizontal_spacing=0.14, subplot_titles=("losses", "active"))
     steps = [line["step"] for line in history]
     losses = [key for key in (history[-1] if history else {}) if key not in ("step", "total", "active")]
     for name, colour, dash in zip(losses, PALETTE, DASHES):
@@ -36,8 +36,8 @@ def training_curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, st
             row=1,
             col=2,
         )
-    figure.update_yaxes(type="log", exponentformat="power", col=1)
-    figure.update_yaxes(rangemode="tozero", col=2)
+    figure.update_yaxes(type="log", exponentformat="power", title="KL in nats; others in their own units", col=1)
+    figure.update_yaxes(rangemode="tozero", title="subcomponents per position (g > 0.5)", col=2)
     figure.update_xaxes(title="step")
     beside: Any = dict(x=1.02, xanchor="left", yanchor="top")
     return finish(
