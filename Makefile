@@ -4,7 +4,7 @@ BIN     = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_OFFLINE = 1
 
-.PHONY: demo test lint docs picture clean
+.PHONY: demo test lint docs pictures tutorials clean
 
 demo: $(VENV)/installed  ## install, then take the induction circuit apart: out/induction/report.html
 	$(BIN)/spd-lens induction --out out/induction
@@ -22,9 +22,11 @@ docs: $(VENV)/installed  ## install, then the documentation, strictly: out/docs/
 	$(BIN)/sphinx-build -W --keep-going -n -q -E -b html -d out/docs-state docs out/docs
 	@echo "See out/docs/index.html"
 
-picture:  ## the README's picture: the head of the report of `make demo` (needs chromium)
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=8000 --window-size=1100,815 \
-	  --screenshot=docs/circuit.png file://$(CURDIR)/out/induction/report.html
+pictures: $(VENV)/installed  ## the README's pictures, from the report of `make demo` (needs chromium)
+	$(BIN)/python docs/pictures.py
+
+tutorials: $(VENV)/installed  ## run every notebook of tutorials/ again, outputs and all
+	$(BIN)/python tutorials/execute.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -83,7 +83,7 @@ def while_training(d: Decomposition, active: dict[str, float]) -> list[Advice]:
     """What can be seen between two steps: `active` is the mean number of active subcomponents of each matrix per position."""
     if d.steps_done < SETTLED or d.steps_done < d.config.steps / 2:
         return []
-    return _unfaithful(d) + ([] if sum(active.values()) else [_nothing(f"at step {d.steps_done}")]) + _shares(active, d)
+    return [] if sum(active.values()) else [_nothing(f"at step {d.steps_done}")]
 
 
 @torch.no_grad()

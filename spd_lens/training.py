@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens import masks
-from spd_lens.advice import while_training
+from spd_lens.advice import SETTLED, Advice, advise, while_training
 from spd_lens.batches import Batches
 from spd_lens.components import check_weight, initialise, targeted
 from spd_lens.config import SPDConfig
@@ -43,6 +43,7 @@ from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
 
 ADVERSARY_STEP = 0.1
+TAUGHT = 32  # sequences on which a finished decomposition is looked at
 TOKENS_PER_PASS, CUDA_TOKENS_PER_PASS = 1 << 12, 1 << 16
 IDENTITY_TOLERANCE = 1e-3  # of the logits' largest value: far above rounding, far below a matrix at the wrong place
 
@@ -142,6 +143,8 @@ def decompose(
         fit(trainer, data, other, progress and ranks.rank == 0, checkpoint, checkpoint_every, list(callbacks))
         if config.exact and config.steps:
             trainer.close(data.sample)
+    if ranks.rank == 0:
+        _teach_at_the_end(trainer, data.example)
     return decomposition
 
 
@@ -547,13 +550,34 @@ def fit(
 
 
 def _teach(trainer: Trainer, said: set[str]) -> None:
-    """Warn of each thing amiss once; of what may still mend itself only after the last step."""
+    """Warn once, while there is time to stop, of what will not mend itself."""
     d = trainer.decomposition
-    final = d.steps_done == trainer.config.steps
-    for advice in while_training(d, d.history[-1]["active"]) if trainer.ranks.rank == 0 else ():
-        if advice.kind not in said and (final or advice.kind == "nothing active"):
-            said.add(advice.kind)
-            warnings.warn(f"after {d.steps_done} of {trainer.config.steps} steps: {advice}", stacklevel=4)
+    if trainer.ranks.rank == 0 and d.steps_done < trainer.config.steps:
+        for advice in while_training(d, d.history[-1]["active"]):
+            if advice.kind not in said:
+                said.add(advice.kind)
+                _warn(d, advice, 5)
+
+
+def _teach_at_the_end(trainer: Trainer, example: Tensor) -> None:
+    """Warn of everything that is amiss on a few sequences, no more of them than a pass of the training held. Trials are not lectured."""
+    d = trainer.decomposition
+    if d.steps_done < SETTLED:
+        return
+    try:
+        found = advise(d, example[: max(1, min(TAUGHT, trainer.tokens_per_pass // example.shape[1]))])
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return warnings.warn(
+            "the look at what is amiss ran out of memory; call advise(decomposition, tokens) with fewer tokens.", stacklevel=4
+        )
+    for advice in found:
+        _warn(d, advice, 4)
+
+
+def _warn(d: Decomposition, advice: Advice, stacklevel: int) -> None:
+    warnings.warn(f"after {d.steps_done} of {d.config.steps} steps: {advice}", stacklevel=stacklevel)
 
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ def test_a_matrix_all_of_whose_subcomponents_are_on_needs_more(model, tokens):
 
 
 def test_it_is_taught_once_and_at_the_end(model, tokens, monkeypatch):
-    monkeypatch.setattr("spd_lens.advice.SETTLED", 4)
+    monkeypatch.setattr("spd_lens.training.SETTLED", 4)
     config = SPDConfig(sites="blocks.0.attn.W_[QK]", steps=8, subcomponents=2, batch_size=3, gate_width=4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

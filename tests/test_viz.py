@@ -156,7 +156,11 @@ def test_a_circuitsvis_view_brings_its_script_once_and_asks_nobody(views, tmp_pa
 def test_coloured_tokens_hold_each_active_subcomponent():
     view = viz.coloured_tokens(importances(), HOSTILE, {"blocks.0.attn.W_Q": "Q0"}, sequence=1)
     given = json.JSONDecoder().raw_decode(view.body.split("ColoredTokensMulti, ")[1])[0]
-    assert given["labels"] == ["Q0 · 1"] and given["tokens"] == HOSTILE and given["values"][2] == [pytest.approx(0.8)]
+    assert (
+        given["labels"] == ["Q0 · 1"]
+        and given["tokens"] == [f"{label}\u2009" for label in HOSTILE]
+        and given["values"][2] == [pytest.approx(0.8)]
+    )
 
 
 def test_active_by_layer_counts():

@@ -38,6 +38,7 @@ def subcomponent_attention(found: PairAttention) -> CircuitsVisView:
     it. Rows are the positions that attend, columns those attended to."""
     heads = sorted(set(found.heads))
     names = [f"h{h}" for h in heads] + [f"q{q}×k{k} h{h}" for (q, k), h in zip(found.pairs, found.heads)]
+    (q, k), h = found.pairs[-1], found.heads[-1]
     attention = [*found.full[heads].cpu().tolist(), *found.alone.cpu().tolist()]
     properties = {
         "attention": attention,
@@ -48,7 +49,7 @@ def subcomponent_attention(found: PairAttention) -> CircuitsVisView:
         "maskUpperTri": True,
     }
     return CircuitsVisView(
-        f"Attention of layer {found.layer}, 0 to 1. h1: the whole head 1; q0×k2 h1: what Q{found.layer}·0 and K{found.layer}·2 alone make of head 1",
+        f"Attention of layer {found.layer}, 0 to 1. {names[0]}: the whole head {heads[0]}; {names[-1]}: what Q{found.layer}·{q} and K{found.layer}·{k} alone make of head {h}",
         "AttentionHeads",
         properties,
     )

@@ -25,7 +25,7 @@ def reads_and_writes(card: Card) -> go.Figure:
         places = list(range(len(pairs)))  # two tokens may look alike
         figure.add_bar(y=places, x=values, orientation="h", marker_color=[BLUE if value > 0 else ORANGE for value in values], showlegend=False, row=1, col=column,
                        customdata=labels, hovertemplate="%{customdata}: %{x:.3f}<extra></extra>")  # fmt: skip
-        figure.update_yaxes(tickmode="array", tickvals=places, ticktext=labels, autorange="reversed", row=1, col=column)
+        figure.update_yaxes(tickmode="array", tickvals=places, ticktext=labels, range=[max(len(places), 4) - 0.5, -0.5], row=1, col=column)
         figure.update_xaxes(title=UNITS[space], row=1, col=column)
     figure.add_bar(x=[(i + 0.5) / BINS for i in range(BINS)], y=[n or None for n in card.histogram], width=1 / BINS, marker_color=GREY, showlegend=False, row=1, col=3,
                    hovertemplate="g ≈ %{x:.3f}: %{y} positions<extra></extra>")  # fmt: skip
