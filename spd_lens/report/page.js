@@ -97,20 +97,20 @@
   }
 
   function density(counts) {
-    const [width, height, base] = [240, 96, 78];
+    const [width, height, base, left] = [260, 96, 78, 42];
     const most = Math.log10(Math.max(...counts) + 1) || 1;
-    const step = (width - 30) / counts.length;
+    const step = (width - left - 6) / counts.length;
     const columns = counts.map((n, i) => {
       const tall = (68 * Math.log10(n + 1)) / most;
       const from = (i / counts.length).toFixed(2), to = ((i + 1) / counts.length).toFixed(2);
-      return make("rect", { x: 26 + i * step, y: base - tall, width: step - 1, height: tall, fill: i / counts.length >= data.threshold ? "#0072B2" : "#8a8a8a" },
+      return make("rect", { x: left + i * step, y: base - tall, width: step - 1, height: tall, fill: i / counts.length >= data.threshold ? "#0072B2" : "#8a8a8a" },
         make("title", {}, `g ${from} to ${to}: ${n} positions`));
     });
     return make("div", {}, make("h3", {}, "importance g"), make("p", { class: "note" }, "positions by g (log scale); blue: active, g > " + data.threshold),
       make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "histogram of importance over positions", width: "100%", style: "max-width: 320px" },
-        ...columns, make("line", { x1: 26, x2: width - 4, y1: base, y2: base, stroke: "#57606a" }),
-        ...[0, 0.5, 1].map((x) => make("text", { x: 26 + x * (width - 30), y: base + 13, "text-anchor": "middle" }, String(x))),
-        make("text", { x: 22, y: 16, "text-anchor": "end" }, String(Math.max(...counts)))));
+        ...columns, make("line", { x1: left, x2: width - 6, y1: base, y2: base, stroke: "#57606a" }),
+        ...[0, 0.5, 1].map((x) => make("text", { x: left + x * (width - left - 6), y: base + 13, "text-anchor": "middle" }, String(x))),
+        make("text", { x: left - 4, y: 18, "text-anchor": "end" }, String(Math.max(...counts)))));
   }
 
   function partners(card) {
