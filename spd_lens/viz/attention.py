@@ -105,11 +105,16 @@ def positional_alignment(found: PositionalAlignment, most: int = 4) -> go.Figure
 
 
 def match_bars(found: Match) -> go.Figure:
-    """How well each K1 subcomponent reads what layer 0 wrote for s: its cosine, and the place of s among all tokens."""
+    """How well each K1 subcomponent reads what layer 0 wrote for s: its cosine, and the place of s among all tokens, by cosine and by projection, which
+    counts how much is written too (layer 0 may write a little of the same for every token)."""
     names = [f"K1·{k}" for k in found.keys]
-    figure = go.Figure(go.Bar(x=names, y=found.cosine.tolist(), marker_color=ORANGE, text=[f"s is no. {rank}" for rank in found.rank_by_cosine.tolist()],
+    places = [
+        f"s is no. {a} by cosine,<br>no. {b} by projection"
+        for a, b in zip(found.rank_by_cosine.tolist(), found.rank_by_projection.tolist())
+    ]
+    figure = go.Figure(go.Bar(x=names, y=found.cosine.tolist(), marker_color=ORANGE, text=places,
                               textposition="outside", cliponaxis=False, hovertemplate="%{x}: |cos| %{y:.3f}<extra></extra>"))  # fmt: skip
-    figure.update_yaxes(title="|cos| of v with what layer 0 writes for s", range=[0, 1.1])
+    figure.update_yaxes(title="|cos| of v with what layer 0 writes for s", range=[0, 1.2])
     figure.update_xaxes(title="subcomponent of K1, and the place of s among all tokens", type="category")
     return finish(figure, f"Does K1 read what layer 0 wrote? (Q1 and K1 pick m in {found.picks_m:.1%} of the sequences)", 400)
 

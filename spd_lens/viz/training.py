@@ -15,18 +15,21 @@ def training_curves(history: Sequence[Mapping[str, Any]], names: Mapping[str, st
     steps = [line["step"] for line in history]
     losses = [key for key in (history[-1] if history else {}) if key not in ("step", "total", "active")]
     for name, colour, dash in zip(losses, PALETTE, DASHES):
-        figure.add_scatter(x=steps, y=[line.get(name) for line in history], name=name, line=dict(color=colour, dash=dash), row=1, col=1)
+        figure.add_scatter(x=steps, y=[line.get(name) for line in history], name=name, line=dict(color=colour, dash=dash), row=1, col=1, legendgroup="losses", legendgrouptitle_text="losses")  # fmt: skip
     for site, colour, dash in zip(history[-1]["active"] if history and len(history[-1]["active"]) <= 8 else [], PALETTE, DASHES):
         figure.add_scatter(
             x=steps,
             y=[line["active"][site] for line in history],
             name=(names or {}).get(site, site),
             line=dict(color=colour, dash=dash),
+            legendgroup="active",
+            legendgrouptitle_text="active",
             row=1,
             col=2,
         )
     if history and len(history[-1]["active"]) > 8:
-        figure.add_scatter(x=steps, y=[sum(line["active"].values()) for line in history], name="all sites", line_color=BLUE, row=1, col=2)
+        figure.add_scatter(x=steps, y=[sum(line["active"].values()) for line in history], name="all sites", line_color=BLUE, row=1, col=2,
+                           legendgroup="active", legendgrouptitle_text="active")  # fmt: skip
     figure.update_yaxes(type="log", exponentformat="power", col=1)
     figure.update_yaxes(rangemode="tozero", col=2)
     figure.update_xaxes(title="step")
