@@ -63,9 +63,11 @@ def ablation_bars(table: pd.DataFrame, unit: str, most: int = 25) -> go.Figure:
         f"{row['site']} · {row['subcomponent']}" + (f" at {row['position']}" if "position" in row else "") for row in top.to_dict("records")
     ]
     figure = go.Figure(go.Bar(y=names, x=top["effect"], orientation="h", marker_color=[BLUE if effect > 0 else ORANGE for effect in top["effect"]],
-                              text=[f"{effect:+.3g}" for effect in top["effect"]], textposition="auto", hovertemplate="%{y}: %{x:+.4f}<extra></extra>"))  # fmt: skip
+                              text=[f"{effect:+.3g}" for effect in top["effect"]], textposition="auto", cliponaxis=False, hovertemplate="%{y}: %{x:+.4f}<extra></extra>"))  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(title=f"change of the {escape(unit)} when it is ablated")
+    low, high = min(0.0, float(top["effect"].min())), max(0.0, float(top["effect"].max()))
+    room = 0.12 * (high - low) or 1.0  # for the number beside a short bar
+    figure.update_xaxes(title=f"change of the {escape(unit)} when it is ablated", range=[low - room * (low < 0), high + room])
     return finish(figure, f"What each subcomponent is worth ({len(top)} of {len(table)})", 170 + 24 * len(top))
 
 
