@@ -2,7 +2,7 @@
 
 1. Each notebook runs from its top in a fresh kernel, in an empty folder, without a network. An error ends it, and the file stays as it was.
 2. Figures are kept as data (`application/vnd.plotly.v1+json`), not as plotly's own five megabytes.
-3. What differs between two equal runs (times, random ids of views) is taken out, so that a diff shows what changed.
+3. What differs between two equal runs (times, paths in warnings, random ids of views) is taken out, so that a diff shows what changed.
 """
 
 import os
@@ -21,6 +21,7 @@ SURROUNDINGS = {
     "PLOTLY_RENDERER": "plotly_mimetype", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
     "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, where ipywidgets is missing; it names a path of this machine
 }  # fmt: skip
+WARNING = re.compile(r"^/[^\n]*?:\d+: (\w*Warning: .*)\n  .*\n", re.MULTILINE)  # with where it was given, and that line
 VIEW = re.compile(r"circuitsvis-[0-9a-f]{12}")
 
 
@@ -45,6 +46,8 @@ def settled(notebook: Any) -> Any:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
+            if output.output_type == "stream":
+                output.text = WARNING.sub(r"\1\n", output.text)
             data = output.get("data", {})
             if "text/html" in data:
                 data["text/html"] = VIEW.sub(lambda found: views.setdefault(found[0], f"circuitsvis-{len(views) + 1}"), data["text/html"])
