@@ -112,7 +112,8 @@ def positional_alignment(found: PositionalAlignment, most: int = 4) -> go.Figure
 
 
 def match_bars(found: Match) -> go.Figure:
-    """How well each K1 subcomponent reads what layer 0 wrote for s: its cosine, and the place of s among all tokens."""
+    """How well each K1 subcomponent reads what layer 0 wrote for s: its cosine, and the place of s among all tokens, by cosine and by projection, which
+    counts how much is written too (layer 0 may write a little of the same for every token)."""
     names = [f"K1·{k}" for k in found.keys]
     places = [
         f"s is no. {p} by projection, no. {c} by cosine" for p, c in zip(found.rank_by_projection.tolist(), found.rank_by_cosine.tolist())

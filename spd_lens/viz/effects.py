@@ -65,7 +65,7 @@ def ablation_bars(table: pd.DataFrame, unit: str, most: int = 25) -> go.Figure:
                               text=[f"{effect:+.3g}" for effect in top["effect"]], textposition="auto", cliponaxis=False, hovertemplate="%{y}: %{x:+.4f}<extra></extra>"))  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
     low, high = min(0.0, *top["effect"]), max(0.0, *top["effect"])
-    room = 0.08 * (high - low)  # for figures beside short bars
+    room = 0.08 * (high - low) or 1.0  # for figures beside short bars
     figure.update_xaxes(title=f"change of the {as_text(unit)} when it is ablated", range=[low - room, high + room])
     return finish(figure, f"What each subcomponent is worth ({len(top)} of {len(table)})", 170 + 24 * len(top))
 
