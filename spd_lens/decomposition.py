@@ -365,7 +365,7 @@ class Decomposition(Tabular):
 
     def tokens(self, tokens: TokensLike) -> Int[Tensor, "b s"]:
         """Checked tokens on the model's device; text goes through the model's tokenizer."""
-        if isinstance(tokens, str) or (not isinstance(tokens, Tensor) and all(isinstance(t, str) for t in tokens)):
+        if isinstance(tokens, str) or (isinstance(tokens, Sequence) and len(tokens) and all(isinstance(t, str) for t in tokens)):
             if getattr(self.model, "tokenizer", None) is None:
                 raise SPDError("text was given, but the model has no tokenizer; give token ids [b, s].")
             tokens = self.model.to_tokens(tokens)

@@ -150,6 +150,8 @@ def test_the_model_is_as_before_also_after_an_exception(untrained, tokens):
 @pytest.mark.parametrize(
     "bad, message",
     [
+        (5, "given as int"),
+        ([], "given as list"),
         (torch.tensor([[0, zoo.VOCABULARY]]), r"run from 0 to 50; the model's vocabulary is 0 … 49"),
         (torch.tensor([[-1, 3]]), "run from -1"),
         (torch.tensor([[0.0, 1.0]]), "float32"),
