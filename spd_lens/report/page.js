@@ -160,8 +160,10 @@
   }
 
   function follow() {
-    const card = cards.get(decodeURIComponent(location.hash.slice(1)));
-    if (!card) return;
+    let name = "";
+    try { name = decodeURIComponent(location.hash.slice(1)); } catch { /* somebody's own idea of an address */ }
+    const card = cards.get(name);
+    if (!card) { if (open && !name) close(); return; }
     show(card);
     mark(card.name);
     panel.scrollIntoView({ block: "nearest" });

@@ -108,6 +108,13 @@ def test_a_card_says_what_it_says_in_python_and_leads_to_its_partners(report, vi
     wanted = partner.inner_text()
     partner.click()
     seen.page.wait_for_function("name => document.getElementById('card-name').textContent === name", arg=wanted)
+    seen.page.go_back()  # the address of a page with a card leads to the card
+    seen.page.wait_for_function("name => document.getElementById('card-name').textContent === name", arg=card.short)
+    seen.page.evaluate("location.hash = '%'")
+    seen.page.go_back()
+    seen.page.go_back()
+    seen.page.wait_for_function("document.getElementById('card').hidden")
+    assert seen.complaints == []
 
 
 def test_hover_tells_figures(report, visit):
