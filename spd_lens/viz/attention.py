@@ -106,7 +106,7 @@ def positional_alignment(found: PositionalAlignment, most: int = 4) -> go.Figure
         figure.update_yaxes(title="mean score" if column == 1 else None, row=2, col=column)
     return finish(
         figure,
-        f"Positional alignment of K0: does it single out the position before? (together they pick s1 in {found.picks_s1:.1%} of the sequences)",
+        f"Positional alignment of K0: is the position before singled out?<br><sub>together they pick s1 in {found.picks_s1:.1%} of the sequences</sub>",
         660,
     )
 

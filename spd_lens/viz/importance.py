@@ -62,7 +62,7 @@ def census_bars(
     figure.update_xaxes(title="site")
     return finish(
         figure,
-        f"Active subcomponents by position ({checks})",
+        f"Active subcomponents by position<br><sub>{checks}</sub>",
         380,
         barmode="group",
         legend=dict(title="position", orientation="h", y=-0.25),
