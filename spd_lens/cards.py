@@ -22,6 +22,7 @@ from spd_lens.interventions import One, choice
 from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Site
+from spd_lens.suffix import rows_at_once
 
 RESIDUAL, HEADS, NEURONS = "residual stream", "heads", "neurons"
 READS = {"W_O": HEADS, "W_out": NEURONS}  # every other kind reads the residual stream
@@ -90,11 +91,17 @@ class Card:
 
 def ever_active(d: Decomposition, tokens: Any) -> dict[str, list[int]]:
     """Site → subcomponents with g > 0.5 at any position of the tokens `[N, s]`."""
-    alive = {name: torch.zeros(c.C, dtype=torch.bool, device=c.V.device) for name, c in d.components.items()}
-    for batch in d.tokens(tokens).split(ROWS):
+    return {name: torch.nonzero(times).flatten().tolist() for name, times in times_active(d, tokens).items()}
+
+
+def times_active(d: Decomposition, tokens: Any) -> dict[str, Int[Tensor, " C"]]:
+    """Site → at how many positions of the tokens `[N, s]` each subcomponent has g > 0.5."""
+    tokens = d.tokens(tokens)
+    times = {name: torch.zeros(c.C, dtype=torch.long, device=c.V.device) for name, c in d.components.items()}
+    for batch in tokens.split(rows_at_once(d.model, tokens.shape[1], ROWS)):
         for name, g in d.importances(batch).items():
-            alive[name] |= (g > THRESHOLD).flatten(0, 1).any(0)
-    return {name: torch.nonzero(on).flatten().tolist() for name, on in alive.items()}
+            times[name] += (g > THRESHOLD).flatten(0, 1).sum(0)
+    return times
 
 
 def describe(d: Decomposition, tokens: Any, chosen: Any = None, most: int = 8, progress: bool = False) -> list[Card]:
@@ -154,7 +161,8 @@ def _looked_at(
     places: dict[One, list[tuple[float, int, int]]] = {(name, c): [] for name in wanted for c in wanted[name]}
     counts = {one: torch.zeros(BINS) for one in places}
     sums, active = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
-    batches, s = tokens.split(ROWS), tokens.shape[1]
+    together, s = rows_at_once(d.model, tokens.shape[1], ROWS), tokens.shape[1]
+    batches = tokens.split(together)
     for number, batch in enumerate(tqdm(batches, disable=not progress, desc="looking at contexts", unit="batch")):
         seen = d.observe(batch)
         for name, indices in wanted.items():
@@ -168,7 +176,7 @@ def _looked_at(
                 sums[one] += float(g[:, i].sum())
                 active[one] += int((g[:, i] > THRESHOLD).sum())
                 counts[one] += torch.histc(g[:, i].float().cpu(), BINS, 0.0, 1.0)
-                found = [(v, number * ROWS + p // s, p % s) for v, p in zip(values[:, i].tolist(), where[:, i].tolist()) if v > 0]
+                found = [(v, number * together + p // s, p % s) for v, p in zip(values[:, i].tolist(), where[:, i].tolist()) if v > 0]
                 places[one] = sorted(places[one] + found, reverse=True)[: SPARE * most]
     contexts = _contexts(d, tokens, places, most)
     n = tokens.numel()
@@ -188,8 +196,9 @@ def _contexts(
                 kept[one].append((n, p))
     rows = sorted({n for found in kept.values() for n, _ in found})
     contexts: dict[One, dict[tuple[int, int], Context]] = {one: {} for one in kept}
-    for part in range(0, len(rows), ROWS):
-        some = rows[part : part + ROWS]
+    together = rows_at_once(d.model, tokens.shape[1], ROWS)
+    for part in range(0, len(rows), together):
+        some = rows[part : part + together]
         seen, labels = d.observe(tokens[some]), {n: token_labels(d.model, tokens[n]) for n in some}
         row = {n: i for i, n in enumerate(some)}
         for (name, c), found in kept.items():

@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from transformer_lens.model_bridge import TransformerBridge
+
 from spd_lens.errors import SPDError
+
+try:
+    from transformer_lens import HookedTransformer as Hooked
+except ImportError:  # transformer-lens 4.x
+    Hooked = None
 
 
 def load_model(name: str, otherwise: str = "") -> Any:
@@ -16,14 +23,7 @@ def load_model(name: str, otherwise: str = "") -> Any:
         SPDError: it is neither in the local cache nor to be had.
     """
     try:
-        try:
-            from transformer_lens import HookedTransformer
-
-            return HookedTransformer.from_pretrained(name, device="cpu")
-        except ImportError:
-            from transformer_lens.model_bridge import TransformerBridge
-
-            return TransformerBridge.boot_transformers(name, device="cpu")
+        return TransformerBridge.boot_transformers(name, device="cpu") if Hooked is None else Hooked.from_pretrained(name, device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SPDError(f"the weights and the tokenizer of {name!r} are missing: they are not in the local cache, and the hub did not give "

@@ -11,15 +11,15 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens import masks
-from spd_lens.decomposition import Decomposition, Observation
+from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
 from spd_lens.losses import kl_divergence, mean_squared_delta
-from spd_lens.suffix import compared
+from spd_lens.suffix import compared, rows_at_once
 from spd_lens.tables import Shown, Tabular
 
 ASCENT_STEPS, ASCENT_RATE = 20, 0.1
@@ -83,7 +83,7 @@ def census(
                            f"it has to hold one position 0 … {tokens.shape[1] - 1} for each of the {len(tokens)} sequences.")  # fmt: skip
     number: dict[str, list[Tensor]] = {name: [] for name in decomposition.sites}
     alive = {name: torch.zeros(c.C, dtype=torch.bool, device=c.V.device) for name, c in decomposition.components.items()}
-    for batch in tokens.split(TOGETHER):
+    for batch in tokens.split(rows_at_once(decomposition.model, tokens.shape[1], TOGETHER)):
         for name, g in decomposition.importances(batch).items():
             number[name].append((g > threshold).sum(-1).float())
             alive[name] |= (g > threshold).flatten(0, 1).any(0)
@@ -159,21 +159,21 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
          "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
-def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int = TOGETHER) -> Verification:
+def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int | None = None) -> Verification:
     """Cut a decomposition in every way that its count of active subcomponents promises to survive.
 
     Args:
         tokens: `[b, s]`; outputs are compared at the positions that the decomposition was trained on.
         seed: of the stochastic masks and the adversary's start.
-        batch_size: sequences run at once; the figures are those of all of them together.
+        batch_size: sequences run at once (None: what memory is likely to hold); the figures are those of all of them together.
     """
     tokens = decomposition.tokens(tokens)
-    batches = tokens.split(batch_size)
+    batches = tokens.split(batch_size or rows_at_once(decomposition.model, tokens.shape[1], TOGETHER))
     draw = masks.Draw(torch.Generator(tokens.device).manual_seed(seed), kind="uniform")
-    observations = [decomposition.observe(batch) for batch in batches]
+    observations = [_Seen.of(decomposition, batch) for batch in batches]
     names = list(decomposition.sites)
 
-    def active(o: Observation) -> dict[str, Tensor]:
+    def active(o: _Seen) -> dict[str, Tensor]:
         return {name: g > masks.THRESHOLD for name, g in o.importances.items()}
 
     alive = {name: torch.stack([active(o)[name].any(0).any(0) for o in observations]).any(0).to(tokens.device) for name in names}
@@ -196,12 +196,25 @@ def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_si
     return Verification(faithfulness, **sums, kl_adversarial=worst, l0=numbers)
 
 
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What is kept of every batch until the end: the compared logits and the importances."""
+
+    logits: Float[Tensor, "b n vocabulary"]
+    importances: dict[str, Float[Tensor, "b s C"]]
+
+    @classmethod
+    def of(cls, decomposition: Decomposition, batch: Tensor) -> "_Seen":
+        seen = decomposition.observe(batch)
+        return cls(compared(seen.logits, decomposition.config.output_positions).clone(), seen.importances)
+
+
 def _kl(decomposition: Decomposition, tokens: Tensor, original: Tensor, mask: Mapping[str, Tensor]) -> float:
     positions = decomposition.config.output_positions
     return float(kl_divergence(compared(original, positions), compared(decomposition.run(tokens, mask), positions)).mean())
 
 
-def _adversarial(decomposition: Decomposition, batches: tuple[Tensor, ...], observations: list[Observation], draw: masks.Draw) -> float:
+def _adversarial(decomposition: Decomposition, batches: tuple[Tensor, ...], observations: list[_Seen], draw: masks.Draw) -> float:
     """The worst KL that one value per inactive subcomponent, shared by all sequences and positions, can do."""
     positions = decomposition.config.output_positions
     many = sum(len(batch) for batch in batches)

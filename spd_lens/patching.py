@@ -24,7 +24,7 @@ from spd_lens.guards import frozen
 from spd_lens.interventions import One, choice
 from spd_lens.losses import kl_divergence
 from spd_lens.sites import Passage, Rewrite
-from spd_lens.suffix import compared, repeated, resumed
+from spd_lens.suffix import compared, repeated, resumed, rows_at_once
 
 Metric = Callable[[Tensor], Any]  # logits [b, s, vocabulary] → one number
 Inner = Mapping[str, Float[Tensor, "b s C"]]
@@ -102,14 +102,22 @@ def cut_costs(d: Decomposition, tokens: Any, chosen: Any = None, progress: bool 
 
     Args:
         d: the decomposition.
-        tokens: `[b, s]`, run at once; or text where the model has a tokenizer.
+        tokens: `[b, s]`, or text where the model has a tokenizer.
         chosen, progress: as in `activation_patching`.
     """
     tokens, positions = d.tokens(tokens), d.config.output_positions
-    with torch.no_grad():
-        clean = compared(d.model(tokens, return_type="logits"), positions)
-    table = ablation_effects(d, tokens, lambda logits: kl_divergence(clean, compared(logits, positions)).mean(), chosen, progress=progress)
-    return {(name, int(c)): float(cost) for name, c, cost in zip(table["site"], table["subcomponent"], table["effect"])}
+    costs: dict[One, float] = {}
+    for batch in tokens.split(rows_at_once(d.model, tokens.shape[1], ROWS)):
+        with torch.no_grad():
+            clean = compared(d.model(batch, return_type="logits"), positions)
+
+        def cost(logits: Tensor, clean: Tensor = clean) -> Tensor:
+            return kl_divergence(clean, compared(logits, positions)).mean()
+
+        table = ablation_effects(d, batch, cost, chosen, progress=progress)
+        for name, c, effect in zip(table["site"], table["subcomponent"], table["effect"]):
+            costs[name, int(c)] = costs.get((name, int(c)), 0.0) + float(effect) * len(batch) / len(tokens)
+    return costs
 
 
 def _first_order(d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, per_position: bool) -> pd.DataFrame:
@@ -137,7 +145,7 @@ def _exact(
     before = float(_number(metric(run.logits)))
     effects: list[float] = []
     with tqdm(total=len(places), disable=not progress, desc="patching", unit="run") as bar:
-        for stack in _stacks(places, max(1, ROWS // len(run.tokens))):
+        for stack in _stacks(places, max(1, rows_at_once(d.model, run.tokens.shape[1], ROWS) // len(run.tokens))):
             name = stack[0][0]
             difference = -inner[name] if wanted is None else wanted[name] - inner[name]
             extra = torch.cat([_written(d, difference, place) for place in stack])

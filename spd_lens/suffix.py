@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+LOGITS = 1 << 27  # numbers: 0.5 GiB; a divergence takes a few times as much
 Outputs = list[Any]  # one a block: its tensor, or the tuple that its class returns
 
 
@@ -66,6 +67,11 @@ def resumed(model: Any, output: Any, layer: int) -> Iterator[None]:
 def compared(logits: Float[Tensor, "*b s v"], positions: str) -> Float[Tensor, "*b n v"]:
     """The output positions that count: `all`, or the `last`."""
     return logits[..., -1:, :] if positions == "last" else logits
+
+
+def rows_at_once(model: Any, length: int, most: int) -> int:
+    """How many sequences of this length to run together, so that their logits over the whole vocabulary stay within `LOGITS` numbers."""
+    return max(1, min(most, LOGITS // (length * model.cfg.d_vocab)))
 
 
 @contextmanager

@@ -566,11 +566,11 @@ def _teach_at_the_end(trainer: Trainer, example: Tensor) -> None:
         return
     try:
         found = advise(d, example[: max(1, min(TAUGHT, trainer.tokens_per_pass // example.shape[1]))])
-    except RuntimeError as error:
-        if not out_of_memory(error):
+    except (RuntimeError, SPDError) as error:  # what was learnt is not lost for it
+        if not isinstance(error, SPDError) and not out_of_memory(error):
             raise
         return warnings.warn(
-            "the look at what is amiss ran out of memory; call advise(decomposition, tokens) with fewer tokens.", stacklevel=4
+            f"the look at what is amiss failed ({error}); call advise(decomposition, tokens) on other or fewer tokens.", stacklevel=4
         )
     for advice in found:
         _warn(d, advice, 4)

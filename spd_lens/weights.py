@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.errors import SPDError
+from spd_lens.labels import NAMES
 from spd_lens.sites import layout_of, unflattened
 from spd_lens.visits import unwatch
 
@@ -29,6 +30,8 @@ def rewritten(model: Any, weights: Mapping[str, Float[Tensor, "d_in d_out"]]) ->
     before, new = layout_of(model), copied(model)
     for name, weight in weights.items():
         set_weight(new, name, weight)
+    if model in NAMES:
+        NAMES[new] = NAMES[model]
     after = layout_of(new)
     for name in before.names():
         if before.refusal(name) is None:

@@ -1,11 +1,12 @@
 import functools
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from spd_lens import SPDConfig, cli, cli_report, decompose
-from spd_lens.tasks import athletes, facts, fruits, induction
+from spd_lens import SPDConfig, cli, cli_report, decompose, token_labels
+from spd_lens.tasks import athletes, entangled, facts, fruits, induction
 from tests import zoo
 
 pytestmark = [pytest.mark.usefixtures("small"), pytest.mark.xdist_group("worlds")]  # one worker trains the small targets
@@ -24,7 +25,7 @@ def untrained(model, tokens, folder, **settings):
 @pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank")
 def test_of_an_induction_run_and_of_one_among_several_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(induction, "measure", functools.partial(induction.measure, many=64))
-    model, run = induction.build_target(0), tmp_path / "seed-0"
+    model, run = induction.build_target(0), tmp_path / "price-x0.5"  # as --vary names it
     untrained(
         model,
         induction.sequences(8, torch.Generator().manual_seed(0)).tokens,
@@ -36,7 +37,11 @@ def test_of_an_induction_run_and_of_one_among_several_seeds(tmp_path, monkeypatc
     cli.main(["report", str(run)])
     assert "The circuit" in (run / "report.html").read_text() and "report.html (" in capsys.readouterr().out
     (tmp_path / "target-0.safetensors").rename(run / "target.safetensors")
-    cli.main(["report", str(run), "--out", str(run / "again.html")])
+    (run / "results.json").write_text('{"seconds_by_part": {"target": 1000, "measuring": 9000}}')
+    monkeypatch.chdir(run / "decomposition")
+    cli.main(["report", ".", "--out", str(run / "again.html")])
+    assert re.search(r"; 10\d\d s in all", (run / "again.html").read_text())
+    assert "--prompt was given, and the page of the induction circuit" in said(capsys, run, "--prompt", "x")
     assert (run / "again.html").stat().st_size < 7e6  # all 96 are active here; of a finished run 16
 
 
@@ -58,7 +63,9 @@ def test_of_facts_and_entangled_with_their_prompts(world, trained, tmp_path, mon
     )
     cli.main(["report", str(tmp_path), "--quiet"])
     page = (tmp_path / "subcomponents.html").read_text()
-    assert 'id="cards"' in page and ("Woods" in page or "apple" in page)
+    asked = (facts if world is athletes else entangled).setting(model, 0).asked
+    answer = token_labels(model, next(iter(asked.values())).answers)[0]
+    assert 'id="cards"' in page and f"for the answer “{answer}”" in page and "of more text" in page
 
 
 @pytest.mark.filterwarnings("ignore:.*subcomponents for a matrix of rank")

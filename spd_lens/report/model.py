@@ -14,7 +14,7 @@ import torch
 from spd_lens import viz
 from spd_lens.advice import advise
 from spd_lens.attention import pair_attention
-from spd_lens.cards import describe, ever_active
+from spd_lens.cards import describe, times_active
 from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
@@ -28,6 +28,7 @@ from spd_lens.storage import check_writable, write_text
 TITLE = "A model in rank-one subcomponents"
 MOST = 500  # cards
 COSTED = 32  # sequences on which each is cut
+PROMPT = 64  # tokens of the first sequence, where no prompt is given
 ATTENTION_LAYERS = 3
 
 
@@ -49,7 +50,7 @@ def write_report(
         tokens: `[N, s]`, or text where the model has a tokenizer: of the kind that it was learnt on; a few hundred sequences. What is active on
             them is counted, cut and described.
         path: the file to write.
-        prompt: `[1, s]` or a text, whose circuit is drawn; None: the first of the tokens.
+        prompt: `[1, s]` or a text, whose circuit is drawn; None: the first of the tokens, up to 64 of it.
         answer: the token whose logit at the prompt's end the circuit is of; None: the model's own first choice.
         contexts: `[M, t]`, or text: where the cards look for contexts; None: in the tokens.
         title: of the page.
@@ -57,9 +58,11 @@ def write_report(
         progress: whether to show bars.
 
     Raises:
-        SPDError: tokens that the model cannot read, several prompts, or a place that cannot be written to.
+        SPDError: tokens that the model cannot read, several prompts, no card at all, or a place that cannot be written to.
     """
     path = Path(path)
+    if most < 1:
+        raise SPDError(f"most was given as {most}; it is a number of cards, at least 1.")
     check_writable(path.parent, REPORT_BYTES)
     write_text(path, decomposition_page(d, tokens, prompt, answer, contexts, title, most, progress))
     return path
@@ -77,7 +80,7 @@ def decomposition_page(
 ) -> str:
     """The page that `write_report` writes; arguments as there."""
     tokens = d.tokens(tokens)
-    prompt = tokens[:1] if prompt is None else d.tokens(prompt)
+    prompt = tokens[:1, :PROMPT] if prompt is None else d.tokens(prompt)
     if len(prompt) != 1:
         raise SPDError(f"{len(prompt)} prompts were given; the circuit is drawn of one, [1, s].")
     counted, checked = census(d, tokens), verify(d, tokens)
@@ -114,14 +117,17 @@ def subcomponents(d: Decomposition, tokens: Any, contexts: Any = None, most: int
     """The index of those that are ever active on these tokens; of more than `most` those that are active most often. Contexts are looked for in
     `contexts` (None: the tokens)."""
     tokens = d.tokens(tokens)
-    alive = ever_active(d, tokens)
+    times = {name: found.tolist() for name, found in times_active(d, tokens).items()}
+    alive = {name: [c for c, n in enumerate(found) if n] for name, found in times.items()}
     total = sum(map(len, alive.values()))
     if not total:
         return "Subcomponents", "None is active (g > 0.5) on these tokens.", None
     if total > most:
-        g = d.importances(tokens[:64])
-        ranked = sorted(((float((g[name][..., c] > 0.5).float().mean()), name, c) for name in alive for c in alive[name]), reverse=True)
-        alive = {name: sorted(c for _, other, c in ranked[:most] if other == name) for name in alive}
+        ranked = sorted(((name, c) for name in alive for c in alive[name]), key=lambda one: -times[one[0]][one[1]])
+        alive = {name: sorted(c for other, c in ranked[:most] if other == name) for name in alive}
+    elsewhere = (
+        "" if contexts is None else " “Active at”, “mean g”, the spread of importance and the contexts are of more text, in which some may be active nowhere."
+    )  # fmt: skip
     said = (
         f"The {most} of {total} ever-active subcomponents that are active most often."
         if total > most
@@ -130,7 +136,7 @@ def subcomponents(d: Decomposition, tokens: Any, contexts: Any = None, most: int
     return (
         "Subcomponents",
         f"{said} Search for a name or a token ( / ), sort by a column, open one for its card (Enter; arrow keys move, Esc closes). "
-        "“Cut costs”: what taking it alone out of the original weights does to the outputs.",
+        f"“Cut costs”: what taking it alone out of the original weights does to the outputs of {min(COSTED, len(tokens))} sequences, KL in nats.{elsewhere}",
         Cards(
             describe(d, tokens if contexts is None else contexts, alive, progress=progress), cut_costs(d, tokens[:COSTED], alive, progress)
         ),

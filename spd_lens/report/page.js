@@ -26,7 +26,7 @@
     return element;
   }
   const SVG = new Set(["svg", "rect", "line", "text", "title"]);
-  const short = (x) => (x === 0 ? "0" : Math.abs(x) >= 0.001 && Math.abs(x) < 10000 ? String(+x.toPrecision(3)) : x.toExponential(1));
+  const short = (x) => (x === null ? "–" : x === 0 ? "0" : Math.abs(x) >= 0.001 && Math.abs(x) < 10000 ? String(+x.toPrecision(3)) : x.toExponential(1));
   const percent = (x) => String(+(100 * x).toPrecision(3)) + " %";
   const top = (pairs) => pairs.slice(0, 3).map((pair) => pair[0]).join(", ");
   const sample = (c) => (c.contexts.length ? c.contexts[0].labels.slice(Math.max(0, c.contexts[0].at - 5), c.contexts[0].at + 1).join(" ") : "");
@@ -44,7 +44,7 @@
   const heads = COLUMNS.map((column, i) =>
     make("th", { scope: "col", class: column.words ? "words" : null, title: column.hint ?? null },
       make("button", { type: "button", onclick: () => sort(i) }, column.title)));
-  const panel = make("article", { class: "card", id: "card", "aria-live": "polite", hidden: "" });
+  const panel = make("article", { class: "card", id: "card", hidden: "" });
   place.append(make("div", { class: "tools" }, search, count),
     make("div", { class: "index" }, make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body)), panel);
 
@@ -56,13 +56,15 @@
       const content = i === 0 ? make("a", { href: "#" + encodeURIComponent(card.name) }, shown) : make("bdi", {}, shown);
       return make("td", { class: column.words ? "words" : null, title: column.words ? shown : null }, content);
     });
-    return make("tr", { onclick: (event) => { if (event.target.tagName !== "A") location.hash = encodeURIComponent(card.name); } }, ...cells);
+    const target = "#" + encodeURIComponent(card.name);
+    return make("tr", { onclick: (event) => { if (location.hash === target) follow(); else if (event.target.tagName !== "A") location.hash = target; } }, ...cells);
   }
 
   function fill() {
-    const asked = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const whole = search.value.trim().toLowerCase(), asked = whole.split(/\s+/).filter(Boolean);
+    const named = data.cards.filter((card) => card.name.toLowerCase() === whole);
     const { key } = COLUMNS[sorted.column];
-    const shown = data.cards.filter((card) => asked.every((word) => rows.get(card.name).text.includes(word)));
+    const shown = named.length ? named : data.cards.filter((card) => asked.every((word) => rows.get(card.name).text.includes(word)));
     shown.sort((a, b) => (sorted.down ? -1 : 1) * compare(key(a), key(b)));
     body.replaceChildren(...shown.map((card) => rows.get(card.name).row));
     heads.forEach((head, i) => (i === sorted.column ? head.setAttribute("aria-sort", sorted.down ? "descending" : "ascending") : head.removeAttribute("aria-sort")));
@@ -150,7 +152,7 @@
     panel.hidden = true;
     const link = open && rows.get(open)?.row.querySelector("a");
     mark(null);
-    link?.focus();
+    (link?.isConnected ? link : search).focus();  // a row may be filtered out
   }
 
   function mark(name) {
@@ -172,7 +174,7 @@
 
   addEventListener("hashchange", follow);
   addEventListener("keydown", (event) => {
-    if (event.key === "/" && document.activeElement !== search) { search.focus(); event.preventDefault(); }
+    if (event.key === "/" && !event.ctrlKey && !event.metaKey && !event.altKey && document.activeElement !== search) { search.focus(); event.preventDefault(); }
     if (event.key === "Escape") { if (document.activeElement === search && search.value) { search.value = ""; fill(); } else if (open) close(); }
   });
   fill();

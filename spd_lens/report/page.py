@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -82,7 +83,7 @@ def _json(shown: Cards) -> str:
 
 
 def _card(card: Card, order: int, names: Mapping[One, str]) -> dict[str, Any]:
-    def partners(found: Sequence[tuple[str, int, float]]) -> list[tuple[str, float]]:
+    def partners(found: Sequence[tuple[str, int, float]]) -> list[tuple[str, float | None]]:
         return [(names.get((site, c), f"{site} · {c}"), _rounded(cosine)) for site, c, cosine in found]
 
     return {
@@ -102,5 +103,5 @@ def _context(context: Context) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if isfinite(value) else None

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from spd_lens import describe, labels, name_tokens, write_report
+from spd_lens import cut_costs, describe, labels, name_tokens, write_report
 from spd_lens.report import Cards, page
 
 HOSTILE = [
@@ -23,14 +23,17 @@ DAMAGED = "\ud83d"  # half of a pair: what a tokenizer of bytes may give
 
 
 @pytest.fixture(scope="module")
-def report(trained, tokens, tmp_path_factory):
-    """Of a model whose tokens are as bad as they get."""
+def named(trained):
+    """Tokens as bad as they get."""
     many = trained.model.cfg.d_vocab
     name_tokens(trained.model, ([*HOSTILE, DAMAGED] * many)[:many])
-    try:
-        yield write_report(trained, tokens, tmp_path_factory.mktemp("report") / "report.html", progress=False)
-    finally:
-        del labels.NAMES[trained.model]
+    yield
+    del labels.NAMES[trained.model]
+
+
+@pytest.fixture(scope="module")
+def report(trained, named, tokens, tmp_path_factory):
+    return write_report(trained, tokens, tmp_path_factory.mktemp("report") / "report.html", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +68,12 @@ def test_search_and_sort(report, visit, names):
     seen = visit(report)
     assert sorted(links(seen)) == sorted(names)
     seen.page.fill("input[type=search]", names[0])
-    assert names[0] in links(seen) and len(links(seen)) < len(names)
-    assert seen.page.locator("#subcomponents output").inner_text() == f"{len(links(seen))} of {len(names)} subcomponents"
+    assert links(seen) == [names[0]]  # a whole name is that one alone
+    assert seen.page.locator("#subcomponents output").inner_text() == f"1 of {len(names)} subcomponents"
+    seen.page.fill("input[type=search]", names[0].split(" · ")[0] + " quote")
+    assert 0 < len(links(seen)) < len(names) and all(
+        name.startswith(names[0].split(" · ")[0]) for name in links(seen) if "quote" not in name
+    )
     seen.page.fill("input[type=search]", "there is no such thing")
     assert links(seen) == []
     seen.page.fill("input[type=search]", "")
@@ -92,15 +99,30 @@ def test_the_keyboard_is_enough(report, visit):
     assert seen.page.locator("#card-name").inner_text() == second and seen.page.locator("tr.open a").inner_text() == second
     seen.page.keyboard.press("Escape")
     assert not seen.page.locator("#card").is_visible() and seen.page.evaluate("document.activeElement.textContent") == second
+    seen.page.keyboard.press("ArrowUp")
+    seen.page.keyboard.press("ArrowUp")  # there is nothing above the first
+    assert seen.page.evaluate("document.activeElement.textContent") == links(seen)[0]
+    seen.page.keyboard.press("Enter")
+    seen.page.wait_for_function("document.activeElement.id === 'card-name'")
+    seen.page.fill("input[type=search]", "there is no such thing")
+    seen.page.get_by_role("button", name="close").focus()
+    seen.page.keyboard.press("Enter")
+    assert seen.page.evaluate("document.activeElement.type") == "search"  # its row is filtered out
 
 
-def test_a_card_says_what_it_says_in_python_and_leads_to_its_partners(report, visit, trained, tokens):
+def test_a_card_says_what_it_says_in_python_and_leads_to_its_partners(report, named, visit, trained, tokens):
     card = next(card for card in describe(trained, tokens) if card.later or card.earlier)
     seen = visit(report)
     seen.page.fill("input[type=search]", card.short)
     seen.page.get_by_role("link", name=card.short, exact=True).first.click()
     text = seen.page.locator("#card").inner_text()
     assert card.site in text and f"{float(f'{100 * card.share_active:.3g}'):g} %" in text
+    assert f"costs {float(f'{cut_costs(trained, tokens, {card.site: [card.index]})[card.key]:.3g}'):g} nats" in text
+    panels = seen.page.locator("#card .panels > div")
+    for number, pairs in enumerate((card.reads, card.writes)):
+        assert panels.nth(number).locator(".bar bdi").all_text_contents() == [label for label, _ in pairs]
+    named = {name for partners in (card.earlier, card.later, card.matched) for name in partners}
+    assert seen.page.locator("#card .partners a").count() == len(card.earlier) + len(card.later) + len(card.matched) and named
     assert seen.page.locator("#card .contexts li").count() == len(card.contexts)
     assert seen.page.locator("#card .contexts bdi.here").count() == len(card.contexts)
     assert "v·x" in seen.page.locator("#card .contexts bdi").first.get_attribute("title")

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from spd_lens import SPDError, write_report
 from spd_lens.report import decomposition_page
@@ -27,6 +28,27 @@ def test_of_too_many_the_most_active_have_cards(trained, tokens):
     assert set(all_of_them[2].costs) == {card.key for card in all_of_them[2].cards}
 
 
+def test_the_most_active_are_so_on_all_tokens(trained, tokens, monkeypatch):
+    rare, common = ("blocks.1.mlp.W_out", 1), ("blocks.0.attn.W_Q", 0)
+
+    def importances(batch):
+        g = {name: torch.zeros(*batch.shape, c.C) for name, c in trained.components.items()}
+        first = (batch[:, :1] == 0).float()
+        g[rare[0]][..., rare[1]], g[common[0]][..., common[1]] = first, 1 - first
+        return g
+
+    many = torch.ones(364, 3, dtype=torch.long)
+    many[:64] = 0  # the rare one comes first
+    monkeypatch.setattr(trained, "importances", importances)
+    (_, _, shown) = subcomponents(trained, many, most=1)
+    assert [card.key for card in shown.cards] == [common]
+
+
+def test_contexts_in_other_tokens_are_said_to_be_so(trained, tokens):
+    assert "of more text" in subcomponents(trained, tokens, contexts=tokens[:1], most=2)[1]
+    assert "of more text" not in subcomponents(trained, tokens, most=2)[1]
+
+
 def test_a_decomposition_without_anything_active_has_a_page(trained, tokens):
     gates = list(trained.gates.values())
     kept = [gate.alive.clone() for gate in gates]
@@ -43,6 +65,8 @@ def test_a_decomposition_without_anything_active_has_a_page(trained, tokens):
 def test_bad_input(trained, tokens, tmp_path):
     with pytest.raises(SPDError, match="prompts were given"):
         write_report(trained, tokens, tmp_path / "x.html", prompt=tokens)
+    with pytest.raises(SPDError, match="most was given as 0"):
+        write_report(trained, tokens, tmp_path / "x.html", most=0)
     with pytest.raises(SPDError, match="cannot take"):
         write_report(trained, tokens, "/proc/nowhere/x.html")
     with pytest.raises(SPDError, match=r"give \[b, s\]"):
