@@ -20,7 +20,7 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.graph import answer_logit, circuit_graph
 from spd_lens.labels import short_names, token_labels
-from spd_lens.metrics import LABELS, Verification, census, verify
+from spd_lens.metrics import census, verify
 from spd_lens.patching import cut_costs
 from spd_lens.report.page import REPORT_BYTES, Cards, Section, page
 from spd_lens.storage import check_writable, write_text
@@ -88,7 +88,7 @@ def decomposition_page(
     sections += [
         ("Can the count be trusted?", f"KL(original ‖ masked) in nats per output, without the delta, on {len(tokens)} sequences of {tokens.shape[1]} tokens. Hard "
          "keeps exactly the active subcomponents (g > 0.5); alive-only keeps the ever-active ones everywhere; the adversary gives each inactive one its worst "
-         "value. What is not survived is not explained.", trust(checked)),
+         "value. What is not survived is not explained.", checked.table().map("{:.1e}".format)),
         ("Active subcomponents", f"Mean number active per position, distinct ones that are ever active ({counted.total} in all), and how many there are. Read "
          f"together with: {checked.beside_a_count}.", counted.table().round(3)),
         _circuit(d, prompt, answer),
@@ -141,11 +141,6 @@ def subcomponents(d: Decomposition, tokens: Any, contexts: Any = None, most: int
             describe(d, tokens if contexts is None else contexts, alive, progress=progress), cut_costs(d, tokens[:COSTED], alive, progress)
         ),
     )
-
-
-def trust(checked: Verification) -> pd.DataFrame:
-    """What `verify` measured, readable."""
-    return pd.DataFrame({"value": {label: f"{getattr(checked, name):.1e}" for name, label in LABELS.items()}}).rename_axis("check")
 
 
 def settings(config: SPDConfig) -> pd.DataFrame:
