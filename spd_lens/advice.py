@@ -39,15 +39,17 @@ class Advice:
         return f"{self.seen} {self.mend}"
 
 
-def advise(d: Decomposition, tokens: Any, counted: Census | None = None, checked: Verification | None = None) -> list[Advice]:
+def advise(
+    d: Decomposition, tokens: Any, counted: Census | None = None, checked: Verification | None = None, attention_mask: Any = None
+) -> list[Advice]:
     """What to mind before this decomposition is believed; an empty list where nothing is amiss.
 
     Args:
         d: the decomposition.
-        tokens: `[b, s]` of the kind it was learnt on, or text where the model has a tokenizer.
+        tokens, attention_mask: `[b, s]` of the kind it was learnt on, as `spd_lens.tokens.take_in` takes them.
         counted, checked: `census` and `verify` on these tokens, where they are there already.
     """
-    tokens = d.tokens(tokens)
+    tokens = d.batch(tokens, attention_mask)
     counted, checked = counted or census(d, tokens), checked or verify(d, tokens)
     found = _unfaithful(d) + _shares({name: float(n) for name, n in counted.distinct.items()}, d)
     if counted.total == 0:

@@ -12,6 +12,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache as once
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from spd_lens.components import Components, masked_output
 from spd_lens.errors import SPDError
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.sites import Hook, Passage, Rewrite, Site, hook_registries, writes_to
+from spd_lens.tokens import Batch, called_with
 from spd_lens.visits import disarm, rewrite_hooks
 
 ACTS, IMPORTANCE = "hook_spd_acts", "hook_spd_ci"  # after the site's name
@@ -127,6 +129,7 @@ class Attachment:
         points: `<site>.hook_spd_acts` and `<site>.hook_spd_ci` → HookPoint.
         settings: masks and delta, the innermost `attached(…)` last.
         replacing: the sites that the innermost masks name.
+        batch: what the model is running on, with its padding; None where that is not known.
     """
 
     model: Any
@@ -136,6 +139,7 @@ class Attachment:
     points: dict[str, HookPoint] = field(init=False)
     settings: list[tuple[Mapping[str, Tensor], float | int | Tensor]] = field(default_factory=lambda: [ALL_ON])
     replacing: set[str] = field(default_factory=set)
+    batch: Callable[[], Batch | None] | None = None
 
     def __post_init__(self) -> None:
         self.points = {}
@@ -174,6 +178,18 @@ class Attachment:
             self.settings.pop()
             self._note()
 
+    def hear(self, call: tuple[tuple, dict] | None) -> None:
+        """What the model is called with, so that importance functions know what is padding; looked into where it is asked for."""
+        self.batch = None if call is None else once(lambda: called_with(self.model, *call))
+
+    def importance(self, name: str, x: Tensor, inner: Tensor) -> Tensor:
+        """Of the passage, in the layout that the model was called with; 0 at padding."""
+        batch = None if self.batch is None else self.batch()
+        if batch is None or batch.real is None or batch.shape != x.shape[:2]:
+            return lower_leaky(self.gates[name](x, inner).to(inner.dtype))
+        z = self.gates[name](batch.aligned(x), batch.aligned(inner), batch.real)
+        return batch.given(lower_leaky(z.to(inner.dtype)))
+
     def _note(self) -> None:
         self.replacing.clear()
         self.replacing.update(self.settings[-1][0])
@@ -199,7 +215,7 @@ class Attachment:
             left_alone = torch.equal(acts, inner)
         if heard[1]:
             with torch.no_grad():
-                importance = lower_leaky(self.gates[name](x, inner.detach()).to(inner.dtype)).clamp_min(torch.finfo(inner.dtype).tiny)
+                importance = self.importance(name, x, inner.detach()).clamp_min(torch.finfo(inner.dtype).tiny)
                 if masked:  # so that a 1 is somebody's, too
                     importance = importance.clamp_max(1 - torch.finfo(inner.dtype).eps)
             given = _answer(importance_point, importance.requires_grad_(gradients))

@@ -45,21 +45,24 @@ class PairAttention:
 
 
 @torch.no_grad()
-def pair_attention(d: Decomposition, tokens: Any, layer: int, pairs: Sequence[tuple[int, int]] | None = None) -> PairAttention:
+def pair_attention(
+    d: Decomposition, tokens: Any, layer: int, pairs: Sequence[tuple[int, int]] | None = None, attention_mask: Any = None
+) -> PairAttention:
     """The attention that pairs of Q and K subcomponents make alone.
 
     Args:
         d: with W_Q and W_K of the layer decomposed.
-        tokens: `[1, s]`, or a text where the model has a tokenizer.
+        tokens, attention_mask: `[1, s]`, as `spd_lens.tokens.take_in` takes them; padding is cut off.
         layer: which.
         pairs: (index in W_Q, index in W_K); None: the up to five active pairs whose scores reach farthest on these tokens.
 
     Raises:
         SPDError: several prompts, W_Q or W_K not decomposed, an unknown index, or no pair that is active.
     """
-    tokens = d.tokens(tokens)
-    if len(tokens) != 1:
-        raise SPDError(f"{len(tokens)} prompts were given; attention is shown of one, [1, s]: tokens[:1], or one after the other.")
+    batch = d.batch(tokens, attention_mask)
+    if len(batch) != 1:
+        raise SPDError(f"{len(batch)} prompts were given; attention is shown of one, [1, s]: tokens[:1], or one after the other.")
+    tokens = batch.alone().ids
     query, key = (f"blocks.{layer}.attn.W_{matrix}" for matrix in "QK")
     if missing := [name for name in (query, key) if name not in d.sites]:
         raise SPDError(

@@ -2,15 +2,16 @@
 
 import itertools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spd_lens.config import SPDConfig
-from spd_lens.decomposition import check_tokens
 from spd_lens.errors import SPDError
+from spd_lens.tokens import Batch, is_text, joined, take_in
 
 SAMPLE_OUTPUTS, SAMPLE_TOKENS = (
     1 << 13,
@@ -27,23 +28,28 @@ class Batches:
         sample: the first sequences, of the first one's length, until there are enough of them. Of an iterable none of them is lost.
     """
 
-    def __init__(self, model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig):
+    def __init__(self, model: Any, tokens: Any, config: SPDConfig, attention_mask: Any = None):
         self.model, self.config = model, config
-        self.whole = check_tokens(model, tokens) if isinstance(tokens, Tensor) else None
+        one = isinstance(tokens, (Tensor, np.ndarray, Mapping, Batch)) or is_text(tokens)
+        self.whole = take_in(model, tokens, attention_mask) if one else None
+        if not one and attention_mask is not None:
+            raise SPDError(
+                "an attention_mask was given beside an iterable of batches; give each batch as a dict with input_ids and attention_mask."
+            )
         if self.whole is not None:
             self.example, self.sample = self.whole[: config.batch_size], self.whole[: self._enough(self.whole)]
             return
         self.iterator, self.pending = iter(tokens), deque()
         for batch in itertools.islice(self.iterator, max(1, config.steps)):
-            self.pending.append(check_tokens(model, batch))
+            self.pending.append(take_in(model, batch))
             if sum(map(len, self.pending)) >= self._enough(self.pending[0]):
                 break
         if not self.pending:
             raise SPDError("tokens are an iterable without a single batch; give batches of [b, s], or one tensor [N, s].")
         self.example = self.pending[0]
-        self.sample = torch.cat([batch for batch in self.pending if batch.shape[1] == self.example.shape[1]])
+        self.sample = joined([batch for batch in self.pending if batch.shape[1] == self.example.shape[1]])
 
-    def _enough(self, tokens: Tensor) -> int:
+    def _enough(self, tokens: Batch) -> int:
         """How many sequences of these tokens' length make a sample."""
         length = tokens.shape[1]
         outputs = 1 if self.config.output_positions == "last" else length
@@ -55,7 +61,7 @@ class Batches:
             for step in range(steps):
                 self.take(step, None)
 
-    def take(self, step: int, generator: torch.Generator | None) -> Tensor:
+    def take(self, step: int, generator: torch.Generator | None) -> Batch:
         if self.whole is not None:
             rows = torch.randint(len(self.whole), (self.config.batch_size,), generator=generator, device=self.whole.device)
             return self.whole[rows]
@@ -64,4 +70,4 @@ class Batches:
         batch = next(self.iterator, None)
         if batch is None:
             raise SPDError(f"the batches ended after {step} of {self.config.steps} steps; give more, or set steps={step}.")
-        return check_tokens(self.model, batch)
+        return take_in(self.model, batch)

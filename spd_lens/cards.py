@@ -23,6 +23,7 @@ from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Site
 from spd_lens.suffix import rows_at_once
+from spd_lens.tokens import Batch
 
 RESIDUAL, HEADS, NEURONS = "residual stream", "heads", "neurons"
 READS = {"W_O": HEADS, "W_out": NEURONS}  # every other kind reads the residual stream
@@ -89,34 +90,36 @@ class Card:
         return self.site, self.index
 
 
-def ever_active(d: Decomposition, tokens: Any) -> dict[str, list[int]]:
+def ever_active(d: Decomposition, tokens: Any, attention_mask: Any = None) -> dict[str, list[int]]:
     """Site → subcomponents with g > 0.5 at any position of the tokens `[N, s]`."""
-    return {name: torch.nonzero(times).flatten().tolist() for name, times in times_active(d, tokens).items()}
+    return {name: torch.nonzero(times).flatten().tolist() for name, times in times_active(d, tokens, attention_mask).items()}
 
 
-def times_active(d: Decomposition, tokens: Any) -> dict[str, Int[Tensor, " C"]]:
+def times_active(d: Decomposition, tokens: Any, attention_mask: Any = None) -> dict[str, Int[Tensor, " C"]]:
     """Site → at how many positions of the tokens `[N, s]` each subcomponent has g > 0.5."""
-    tokens = d.tokens(tokens)
+    tokens = d.batch(tokens, attention_mask)
     times = {name: torch.zeros(c.C, dtype=torch.long, device=c.V.device) for name, c in d.components.items()}
     for batch in tokens.split(rows_at_once(d.model, tokens.shape[1], ROWS)):
-        for name, g in d.importances(batch).items():
+        for name, g in d.look(batch).importances.items():
             times[name] += (g > THRESHOLD).flatten(0, 1).sum(0)
     return times
 
 
-def describe(d: Decomposition, tokens: Any, chosen: Any = None, most: int = 8, progress: bool = False) -> list[Card]:
+def describe(
+    d: Decomposition, tokens: Any, chosen: Any = None, most: int = 8, progress: bool = False, attention_mask: Any = None
+) -> list[Card]:
     """A card for each chosen subcomponent, in the order of the layers.
 
     Args:
         d: the decomposition.
-        tokens: `[N, s]`, or text where the model has a tokenizer: where contexts are looked for.
+        tokens, attention_mask: `[N, s]`, as `spd_lens.tokens.take_in` takes them: where contexts are looked for.
         chosen: site → indices; None: all that are active (g > 0.5) anywhere in the tokens.
         most: how many tokens, neurons, partners and contexts a card lists.
 
     Raises:
         SPDError: an unknown subcomponent.
     """
-    tokens = d.tokens(tokens)
+    tokens = d.batch(tokens, attention_mask)
     wanted = {name: indices for name, indices in (ever_active(d, tokens) if chosen is None else choice(d, chosen)).items() if indices}
     seen = _looked_at(d, tokens, wanted, most, progress)
     between = _Partners(d, wanted)
@@ -155,18 +158,17 @@ class _Seen:
 
 
 @torch.no_grad()
-def _looked_at(
-    d: Decomposition, tokens: Int[Tensor, "N s"], wanted: Mapping[str, Sequence[int]], most: int, progress: bool
-) -> dict[One, _Seen]:
+def _looked_at(d: Decomposition, tokens: Batch, wanted: Mapping[str, Sequence[int]], most: int, progress: bool) -> dict[One, _Seen]:
     places: dict[One, list[tuple[float, int, int]]] = {(name, c): [] for name in wanted for c in wanted[name]}
     counts = {one: torch.zeros(BINS) for one in places}
     sums, active = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
     together, s = rows_at_once(d.model, tokens.shape[1], ROWS), tokens.shape[1]
     batches = tokens.split(together)
     for number, batch in enumerate(tqdm(batches, disable=not progress, desc="looking at contexts", unit="batch")):
-        seen = d.observe(batch)
+        seen = d.look(batch)
         for name, indices in wanted.items():
             inner, g = seen.inner[name][..., indices].flatten(0, 1), seen.importances[name][..., indices].flatten(0, 1)
+            real = batch.rows(seen.importances[name][..., indices])
             strength = torch.where(g > THRESHOLD, inner.abs(), 0.0)
             values, where = strength.topk(
                 min(SPARE * most, len(strength)), 0
@@ -175,23 +177,23 @@ def _looked_at(
                 one = (name, c)
                 sums[one] += float(g[:, i].sum())
                 active[one] += int((g[:, i] > THRESHOLD).sum())
-                counts[one] += torch.histc(g[:, i].float().cpu(), BINS, 0.0, 1.0)
+                counts[one] += torch.histc(real[:, i].float().cpu(), BINS, 0.0, 1.0)
                 found = [(v, number * together + p // s, p % s) for v, p in zip(values[:, i].tolist(), where[:, i].tolist()) if v > 0]
                 places[one] = sorted(places[one] + found, reverse=True)[: SPARE * most]
     contexts = _contexts(d, tokens, places, most)
-    n = tokens.numel()
+    n = tokens.numel
     return {one: _Seen(active[one] / n, sums[one] / n, tuple(int(k) for k in counts[one]), contexts[one]) for one in places}
 
 
 def _contexts(
-    d: Decomposition, tokens: Int[Tensor, "N s"], places: Mapping[One, list[tuple[float, int, int]]], most: int
+    d: Decomposition, tokens: Batch, places: Mapping[One, list[tuple[float, int, int]]], most: int
 ) -> dict[One, tuple[Context, ...]]:
     """The strongest places of each, one of neighbours and no text twice; the sequences that they lie in are run once more for what stands around."""
     kept: dict[One, list[tuple[int, int]]] = {}
     for one, found in places.items():
         kept[one] = []
         for _, n, p in found:
-            near = [row for row, place in kept[one] if abs(place - p) <= AROUND and torch.equal(tokens[row], tokens[n])]
+            near = [row for row, place in kept[one] if abs(place - p) <= AROUND and torch.equal(tokens.ids[row], tokens.ids[n])]
             if not near and len(kept[one]) < most:
                 kept[one].append((n, p))
     rows = sorted({n for found in kept.values() for n, _ in found})
@@ -199,14 +201,15 @@ def _contexts(
     together = rows_at_once(d.model, tokens.shape[1], ROWS)
     for part in range(0, len(rows), together):
         some = rows[part : part + together]
-        seen, labels = d.observe(tokens[some]), {n: token_labels(d.model, tokens[n]) for n in some}
+        seen, labels = d.look(tokens[some]), {n: token_labels(d.model, tokens.alone(n).ids[0]) for n in some}
         row = {n: i for i, n in enumerate(some)}
         for (name, c), found in kept.items():
             for n, p in found:
                 if n in row:
-                    span = slice(max(0, p - AROUND), p + AROUND + 1)
+                    span = slice(max(0, p - AROUND), min(p + AROUND + 1, len(labels[n])))
+                    before = 0 if tokens.offsets is None else int(tokens.offsets[n])
                     inner, g = (of[name][row[n], span, c].tolist() for of in (seen.inner, seen.importances))
-                    contexts[name, c][n, p] = Context(n, p, p - span.start, tuple(labels[n][span]), tuple(inner), tuple(g))
+                    contexts[name, c][n, p] = Context(n, before + p, p - span.start, tuple(labels[n][span]), tuple(inner), tuple(g))
     return {one: tuple(contexts[one][place] for place in kept[one]) for one in kept}
 
 

@@ -11,24 +11,25 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.components import Factors, Target
 from spd_lens.decomposition import Decomposition
 from spd_lens.sites import Passage, Rewrite
-from spd_lens.suffix import compared
+from spd_lens.tokens import Batch
 
 TEMPERATURE = 2.0  # of the draw: where a model is sure of its answer, a small change does nothing and says nothing of a large one
 
 
 def sensitivities(
-    d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Generator
+    d: Decomposition, tokens: Batch | Tensor, generator: torch.Generator
 ) -> tuple[dict[str, Float[Tensor, "b s d_in"]], dict[str, Float[Tensor, "b s d_out"]]]:
     """Site → its input; site → the gradient of `Σ log p(y)` by its output, y drawn from the model's own distribution at every compared
     position."""
     inputs: dict[str, Tensor] = {}
     changes: dict[str, Tensor] = {}
+    batch = Batch.of(tokens)
 
     def watch(name: str) -> Rewrite:
         def add_nothing(passage: Passage) -> Tensor:
@@ -40,17 +41,18 @@ def sensitivities(
         return add_nothing
 
     with torch.enable_grad():
-        logits = compared(d._forward(tokens, {name: watch(name) for name in d.sites}), d.config.output_positions)
-        log_p = logits.float().log_softmax(-1).flatten(0, -2)
+        logits = batch.compared(d._forward(batch, {name: watch(name) for name in d.sites}), d.config.output_positions)
+        log_p = logits.float().log_softmax(-1)
+        log_p = log_p.flatten(0, -2) if d.config.output_positions == "last" else batch.rows(log_p)
         drawn = torch.multinomial((log_p.detach() / TEMPERATURE).softmax(-1), 1, generator=generator)
         gradients = torch.autograd.grad(log_p.gather(-1, drawn).sum(), list(changes.values()))
     return inputs, {name: g.sum(0) if g.ndim == 4 else g for name, g in zip(changes, gradients)}
 
 
-def factors(d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Generator, rows: int) -> dict[str, Factors]:
-    """Site → A and G, `rows` sequences at once."""
+def factors(d: Decomposition, tokens: Batch | Tensor, generator: torch.Generator, rows: int) -> dict[str, Factors]:
+    """Site → A and G, `rows` sequences at once. No gradient reaches padding, so it adds nothing."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for some in tokens.split(rows):
+    for some in Batch.of(tokens).split(rows):
         inputs, gradients = sensitivities(d, some, generator)
         for name in d.sites:
             x, g = inputs[name].flatten(0, 1).double(), gradients[name].flatten(0, 1).double()
@@ -61,36 +63,38 @@ def factors(d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Gener
 
 
 def targets(
-    d: Decomposition, tokens: Int[Tensor, "b s"], background: Int[Tensor, "n t"], generator: torch.Generator, rows: int
+    d: Decomposition, tokens: Batch | Tensor, background: Batch | Tensor, generator: torch.Generator, rows: int
 ) -> dict[str, Target]:
     """Site → what a targeted decomposition starts from. Of the tokens no more than one pass; few of them are gone through several times, since
     each draw of an output shows one direction of it alone."""
-    tokens = tokens[:rows].repeat(max(1, rows // len(tokens)), 1)
-    inputs, gradients = sensitivities(d, tokens, generator)
+    prompts, other = Batch.of(tokens)[:rows], Batch.of(background)
+    prompts = prompts.repeated(max(1, rows // len(prompts)))
+    inputs, gradients = sensitivities(d, prompts, generator)
     moments: dict[str, Tensor] = {}
-    for some in background.split(rows):
+    for some in other.split(rows):
         for name, x in d.trace(some).inputs.items():
-            x = x.flatten(0, 1).double()
-            moments[name] = moments.get(name, 0.0) + x.T @ x / background.numel()
+            x = some.rows(x).double()
+            moments[name] = moments.get(name, 0.0) + x.T @ x / other.numel
     found = {}
     for name in d.sites:
-        x, g = inputs[name].flatten(0, 1), gradients[name].flatten(0, 1).double()
+        x, g = prompts.rows(inputs[name]), prompts.rows(gradients[name]).double()
         G = (g * x.double().square().sum(-1, keepdim=True)).T @ g
         found[name] = Target(x, g.square().sum(-1), G, moments[name])
     return found
 
 
 def effects(
-    d: Decomposition, tokens: Int[Tensor, "b s"], active: Sequence[Mapping[str, Tensor]], generator: torch.Generator, rows: int
+    d: Decomposition, tokens: Batch | Tensor, active: Sequence[Mapping[str, Tensor]], generator: torch.Generator, rows: int
 ) -> dict[str, Float[Tensor, " C"]]:
     """Site → what cutting each subcomponent, at all positions where it is active, would cost: KL in nats per compared output.
 
     Args:
         active: for every `rows` sequences of tokens, site → `[rows, s, C]`, 1 where active.
     """
-    outputs = len(tokens) * (1 if d.config.output_positions == "last" else tokens.shape[1])
+    batch = Batch.of(tokens)
+    outputs = batch.outputs(d.config.output_positions)
     found = {name: torch.zeros(c.C, device=c.V.device, dtype=c.V.dtype) for name, c in d.components.items()}
-    for some, on in zip(tokens.split(rows), active):
+    for some, on in zip(batch.split(rows), active):
         inputs, gradients = sensitivities(d, some, generator)
         for name, c in d.components.items():
             change = (inputs[name].to(c.V.dtype) @ c.V) * (gradients[name].to(c.V.dtype) @ c.U.T) * on[name]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
@@ -23,11 +23,10 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
-from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
+from spd_lens.suffix import compared_only, recorded, repeated, resumed
 from spd_lens.tables import Shown, Tabular
-from spd_lens.visits import rewrite_hooks
-
-TokensLike = Any  # an integer tensor [b, s]; or text, or a list of texts, where the model has a tokenizer
+from spd_lens.tokens import TEXT_OPTIONS, Batch, TokensLike, is_text, take_in
+from spd_lens.visits import Overheard, rewrite_hooks
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,21 +35,24 @@ class Observation(Tabular):
 
     Attributes:
         logits: `[b, s, vocabulary]`, the original model's.
-        inner: site → `[b, s, C]`, what each subcomponent reads: `v_c·x`.
-        importances: site → `[b, s, C]` in [0, 1].
+        inner: site → `[b, s, C]`, what each subcomponent reads: `v_c·x`; 0 at padding.
+        importances: site → `[b, s, C]` in [0, 1]; 0 at padding.
+        real: `[b, s]`, False at padding; None where there is none.
     """
 
     logits: Float[Tensor, "b s vocabulary"]
     inner: dict[str, Float[Tensor, "b s C"]]
     importances: dict[str, Float[Tensor, "b s C"]]
+    real: Bool[Tensor, "b s"] | None = None
 
     def _shown(self) -> Shown:
+        b, s, vocabulary = self.logits.shape
+        many = b * s if self.real is None else int(self.real.sum())
         rows = {
             name: {"subcomponents": g.shape[-1], "ever active": int((g > THRESHOLD).flatten(0, 1).any(0).sum()),
-                   "active per position": f"{float((g > THRESHOLD).sum(-1).float().mean()):.3g}", "largest |v·x|": f"{float(self.inner[name].abs().max()):.3g}"}
+                   "active per position": f"{int((g > THRESHOLD).sum()) / many:.3g}", "largest |v·x|": f"{float(self.inner[name].abs().max()):.3g}"}
             for name, g in self.importances.items()
         }  # fmt: skip
-        b, s, vocabulary = self.logits.shape
         return Shown(f"One clean pass over [{b}, {s}] tokens; logits [{b}, {s}, {vocabulary}], inner and importances [{b}, {s}, C] per site",
                      pd.DataFrame.from_dict(rows, orient="index").rename_axis("site"),
                      f"Active: g > {THRESHOLD}. A count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
@@ -61,13 +63,13 @@ class Trace:
     """What a clean pass leaves for the passes that follow.
 
     Attributes:
-        tokens: `[b, s]`.
+        batch: the tokens, `[b, s]`; every sequence begins at position 0.
         logits: `[b, n, vocabulary]`, the original model's at the compared positions.
         inputs: site → `[b, s, d_in]`, what its matrix reads.
         blocks: what every block returned: a pass that changes nothing before layer l can begin there.
     """
 
-    tokens: Int[Tensor, "b s"]
+    batch: Batch
     logits: Float[Tensor, "b n vocabulary"]
     inputs: dict[str, Float[Tensor, "b s d_in"]]
     blocks: list[Any]
@@ -98,45 +100,74 @@ class Decomposition(Tabular):
 
     # --- looking ---
 
+    def observe(self, tokens: TokensLike, attention_mask: Any = None) -> Observation:
+        """One clean pass: the original logits, and per site the inner activations and causal importances.
+
+        Args:
+            tokens, attention_mask: as `spd_lens.tokens.take_in` takes them; the results stand at the positions of what was given.
+        """
+        batch = self.batch(tokens, attention_mask)
+        seen = self.look(batch)
+        inner, importances = ({name: batch.given(value) for name, value in of.items()} for of in (seen.inner, seen.importances))
+        return Observation(batch.given(seen.logits), inner, importances, None if batch.real is None else batch.given(batch.real))
+
     @torch.no_grad()
-    def observe(self, tokens: TokensLike) -> Observation:
-        """One clean pass: the original logits, and per site the inner activations and causal importances."""
-        clean = self.trace(self.tokens(tokens))
-        inner, z = self.importance_logits(clean.inputs)
-        return Observation(clean.logits, inner, {name: lower_leaky(z[name]) for name in z})
+    def look(self, tokens: Batch | Tensor) -> Observation:
+        """`observe` in the layout of a `Batch`: every sequence begins at position 0."""
+        batch = Batch.of(tokens)
+        clean = self.trace(batch)
+        inner, z = self.importance_logits(clean.inputs, batch)
+        return Observation(
+            clean.logits, {name: batch.blanked(a) for name, a in inner.items()},
+            {name: batch.blanked(lower_leaky(z[name])) for name in z}, batch.real,
+        )  # fmt: skip
 
-    def importances(self, tokens: TokensLike) -> dict[str, Float[Tensor, "b s C"]]:
-        """Site → causal importances `[b, s, C]` in [0, 1]."""
-        return self.observe(tokens).importances
+    def importances(self, tokens: TokensLike, attention_mask: Any = None) -> dict[str, Float[Tensor, "b s C"]]:
+        """Site → causal importances `[b, s, C]` in [0, 1]; arguments as in `observe`."""
+        return self.observe(tokens, attention_mask).importances
 
-    def trace(self, tokens: Int[Tensor, "b s"], positions: str = "all") -> Trace:
+    def trace(self, tokens: Batch | Tensor, positions: str = "all") -> Trace:
         """A clean pass: the original logits at `all` positions or the `last`, and the input of every site; gradients are kept if they
         are on."""
         inputs: dict[str, Tensor] = {}
+        batch = Batch.of(tokens)
 
         def keep(name: str) -> Rewrite:
             return lambda passage: inputs.__setitem__(name, passage.x)
 
-        with recorded(self.model) as blocks, compared_only(self.model, positions):
-            logits = self._forward(tokens, {name: keep(name) for name in self.sites})
-        return Trace(tokens, compared(logits, positions), {name: inputs[name] for name in self.sites}, blocks)
+        with recorded(self.model) as blocks, compared_only(self.model, batch, positions):
+            logits = self._forward(batch, {name: keep(name) for name in self.sites})
+        return Trace(batch, batch.compared(logits, positions), {name: inputs[name] for name in self.sites}, blocks)
 
-    def importance_logits(self, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Per site the inner activations and the logits z of importance, both `[b, s, C]`."""
+    def importance_logits(self, inputs: Mapping[str, Tensor], batch: Batch | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Per site the inner activations and the logits z of importance, both `[b, s, C]`; `batch` says what is padding (None: nothing)."""
+        real = None if batch is None else batch.real
         inner = {name: self.components[name].inner(x) for name, x in inputs.items()}
-        return inner, {name: self.gates[name](x, inner[name]).to(self.components[name].V.dtype) for name, x in inputs.items()}
+        return inner, {name: self.gates[name](x, inner[name], real).to(self.components[name].V.dtype) for name, x in inputs.items()}
 
     # --- running ---
 
-    def run(self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0) -> Float[Tensor, "b s vocabulary"]:
+    def run(
+        self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0, attention_mask: Any = None
+    ) -> Float[Tensor, "b s vocabulary"]:
         """Logits with the named sites replaced by their masked subcomponents.
 
         Args:
-            tokens: `[b, s]`, or text where the model has a tokenizer.
+            tokens, attention_mask: as in `observe`.
             masks: site → tensor that broadcasts to `[b, s, C]`; sites not named stay as they are.
             delta: how much of `W - V·U` is added back; with all masks 1 and delta 1 the result is the original.
         """
-        return self._forward(self.tokens(tokens), self._replacements(masks, delta), replacing=masks)
+        batch = self.batch(tokens, attention_mask)
+        self.check_masks(masks)
+        masks = {name: batch.aligned(mask) for name, mask in masks.items()}
+        delta = batch.aligned(delta) if isinstance(delta, Tensor) else delta
+        return batch.given(self.masked(batch, masks, delta))
+
+    def masked(
+        self, tokens: Batch | Tensor, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0
+    ) -> Float[Tensor, "b s vocabulary"]:
+        """`run` in the layout of a `Batch`: every sequence begins at position 0."""
+        return self._forward(Batch.of(tokens), self._replacements(masks, delta), replacing=masks)
 
     def run_many(
         self, clean: Trace, variants: Sequence[Mapping[str, Tensor]], positions: str = "all", delta: float | int = 0.0
@@ -150,7 +181,7 @@ class Decomposition(Tabular):
             clean: the clean pass over the same tokens.
             positions: `all`, or `last`: only the last position's logits.
         """
-        tokens, many = clean.tokens, len(variants)
+        batch, many = clean.batch, len(variants)
         names = [name for name in self.sites if any(name in masks for masks in variants)]
         layer = min(map(self.first_layer, variants))
         shared = {name for name in names if all(name in masks for masks in variants)}
@@ -158,7 +189,7 @@ class Decomposition(Tabular):
         def rewrite(name: str) -> Rewrite:
             replaced = [i for i, masks in enumerate(variants) if name in masks]
             mask = torch.cat([variants[i][name] for i in replaced]) if many > 1 else variants[0][name]
-            index = torch.tensor(replaced, device=tokens.device)
+            index = torch.tensor(replaced, device=batch.device)
 
             def some(passage: Passage) -> Tensor:
                 def of(t: Tensor) -> Tensor:
@@ -176,10 +207,10 @@ class Decomposition(Tabular):
 
             return all_rows if name in shared else some
 
-        before = repeated(clean.blocks[layer - 1], len(tokens), many) if layer else None
-        with resumed(self.model, before, layer), compared_only(self.model, positions):
-            logits = self._forward(tokens.repeat(many, 1), {name: rewrite(name) for name in names}, replacing=shared)
-        return compared(logits, positions).unflatten(0, (many, -1))
+        before = repeated(clean.blocks[layer - 1], len(batch), many) if layer else None
+        with resumed(self.model, before, layer), compared_only(self.model, batch, positions):
+            logits = self._forward(batch.repeated(many), {name: rewrite(name) for name in names}, replacing=shared)
+        return batch.compared(logits, positions).unflatten(0, (many, -1))
 
     def first_layer(self, masks: Mapping[str, Tensor]) -> int:
         """The first layer in which these masks replace a matrix."""
@@ -193,7 +224,7 @@ class Decomposition(Tabular):
         return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta), replacing=masks)
 
     @contextmanager
-    def attached(self, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 1.0) -> Iterator[Any]:
+    def attached(self, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor | None = None) -> Iterator[Any]:
         """While it lasts, the model itself has two more hook points a site, `<site>.hook_spd_acts` and `<site>.hook_spd_ci`, `[b, s, C]`:
         its `run_with_cache`, `run_with_hooks`, `hooks(…)` and `generate` know them, and hooks on them may change them.
 
@@ -208,7 +239,8 @@ class Decomposition(Tabular):
         Args:
             masks: site → tensor that broadcasts to `[b, s, C]`: the model runs as in `run(tokens, masks, delta)`, and a changed importance
                 takes the place of the mask's value. None: everything on; inside another `attached` of this decomposition: what holds there.
-            delta: how much of `W - V·U` is added back at the sites that the masks name (without masks: at all sites).
+            delta: how much of `W - V·U` is added back at the sites that the masks name (without masks: at all sites). None: 0 where masks are
+                given, as in `run`, and 1 where none are.
 
         Yields:
             the model.
@@ -216,6 +248,7 @@ class Decomposition(Tabular):
         Raises:
             SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites.
         """
+        delta = float(masks is None) if delta is None else delta
         if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
             masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
         self.check_masks(masks or {})
@@ -225,7 +258,7 @@ class Decomposition(Tabular):
             return
         self._check_device()
         new = Attachment(self.model, self.sites, self.components, self.gates)
-        with new.registered(), new.set_to(masks, delta):
+        with new.registered(), new.set_to(masks, delta), Overheard(self.model, new.hear):
             on = rewritten(self.model, self.sites, new.rewrites(), new.replacing, permanent=True)
             with on as hooks, guarded(self.model, hooks, new.points):
                 self._attachment = new
@@ -235,17 +268,22 @@ class Decomposition(Tabular):
                     self._attachment = None
 
     def run_with_cache(
-        self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 0.0, **options: Any
-    ) -> tuple[Any, ActivationCache | dict[str, Any]]:
-        """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache.
+        self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor | None = None,
+        attention_mask: Any = None, **options: Any
+    ) -> tuple[Any, ActivationCache | dict[str, Any]]:  # fmt: skip
+        """The model's own `run_with_cache`, with `<site>.hook_spd_acts` and `<site>.hook_spd_ci` `[b, s, C]` in the cache; 0 at padding.
 
         Args:
-            masks: as in `run`; None leaves the model as it is.
-            options: `run_with_cache`'s own, e.g. `names_filter`, `stop_at_layer`, `pos_slice`.
+            tokens, attention_mask: as in `observe`; the model sees them as they are given, padding where it is.
+            masks, delta: as in `attached`; without them the model is as it is.
+            options: `run_with_cache`'s own, e.g. `names_filter`, `stop_at_layer`, `pos_slice`, `prepend_bos`, `padding_side`.
         """
-        tokens = self.tokens(tokens)
-        with self.attached(masks, 1.0 if masks is None else delta):
-            return self.model.run_with_cache(tokens, **options)
+        texts = {key: options[key] for key in TEXT_OPTIONS if key in options}
+        batch = self.batch(tokens, attention_mask, **texts)
+        given = tokens if is_text(tokens) else batch.given(batch.ids)  # of texts the model itself makes tokens, as it does without us
+        options = options if is_text(tokens) else {**batch.given_arguments, **options}
+        with self.attached(masks, delta):
+            return self.model.run_with_cache(given, **options)
 
     # --- changing the original weights ---
 
@@ -363,13 +401,9 @@ class Decomposition(Tabular):
         state |= {f"{name}.importance.{key}": value for name, g in self.gates.items() for key, value in g.state_dict().items()}
         return state
 
-    def tokens(self, tokens: TokensLike) -> Int[Tensor, "b s"]:
-        """Checked tokens on the model's device; text goes through the model's tokenizer."""
-        if isinstance(tokens, str) or (isinstance(tokens, Sequence) and len(tokens) and all(isinstance(t, str) for t in tokens)):
-            if getattr(self.model, "tokenizer", None) is None:
-                raise SPDError("text was given, but the model has no tokenizer; give token ids [b, s].")
-            tokens = self.model.to_tokens(tokens)
-        return check_tokens(self.model, tokens)
+    def batch(self, tokens: TokensLike, attention_mask: Any = None, **options: Any) -> Batch:
+        """Checked tokens on the model's device, with their padding known; arguments as in `spd_lens.tokens.take_in`."""
+        return take_in(self.model, tokens, attention_mask, **options)
 
     def check_chosen(self, chosen: Mapping[str, Sequence[int]]) -> None:
         for name, indices in chosen.items():
@@ -405,7 +439,7 @@ class Decomposition(Tabular):
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
 
-    def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
+    def _forward(self, batch: Batch, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         reached = set()
 
         def noting(name: str) -> Rewrite:
@@ -417,7 +451,7 @@ class Decomposition(Tabular):
 
         self._check_device()
         with rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
-            logits = self.model(tokens, return_type="logits")
+            logits = self.model(batch.ids, return_type="logits", **batch.model_arguments)
         for name in rewrites:
             if name not in reached:
                 raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")
@@ -438,23 +472,3 @@ class Decomposition(Tabular):
         """Share of a matrix's squared norm that V·U leaves: `‖W - V·U‖²/‖W‖²`."""
         weight = self.sites[name].weight
         return float(self.components[name].delta(weight).square().sum() / weight.square().sum().clamp_min(1e-30))
-
-
-def check_tokens(model: Any, tokens: Any) -> Int[Tensor, "b s"]:
-    """Tokens that the model can read, on its device; an error otherwise."""
-    if not isinstance(tokens, Tensor):
-        raise SPDError(f"tokens were given as {type(tokens).__name__}; give an integer tensor [b, s].")
-    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-        raise SPDError(f"tokens are {tokens.dtype}; token ids are integers. Use tokens.long() if they are whole numbers.")
-    if tokens.ndim != 2:
-        mend = "tokens[None]" if tokens.ndim == 1 else "tokens.flatten(0, -2)"
-        raise SPDError(f"tokens have shape {list(tokens.shape)}; give [b, s], e.g. {mend}.")
-    if tokens.numel() == 0:
-        raise SPDError(f"tokens are empty (shape {list(tokens.shape)}); give at least one sequence of one token.")
-    context, vocabulary = model.cfg.n_ctx, model.cfg.d_vocab
-    if tokens.shape[1] > context:
-        raise SPDError(f"tokens have {tokens.shape[1]} positions and the model's n_ctx is {context}; cut the sequences.")
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise SPDError(f"token ids run from {low} to {high}; the model's vocabulary is 0 … {vocabulary - 1}. Another tokenizer's?")
-    return tokens.to(model_device(model), torch.long)

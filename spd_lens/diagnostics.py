@@ -26,9 +26,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens import masks
-from spd_lens.decomposition import Decomposition, TokensLike
+from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError, nearest
 from spd_lens.sites import Site, find_sites
+from spd_lens.tokens import TokensLike
 
 Given = Any  # an integer tensor [N]; anything else is refused in words
 
@@ -138,7 +139,11 @@ def read_circuit(decomposition: Decomposition, tokens: TokensLike, positions: Ma
             positions do not point at what they should.
     """
     _check_model(decomposition)
-    tokens = decomposition.tokens(tokens)
+    batch = decomposition.batch(tokens)
+    if batch.real is not None:
+        raise SPDError("the sequences are padded, and the diagnostics read a circuit of sequences of one length; give those alone, or name_tokens instead of a "
+                       "tokenizer whose padding token is one of the task's.")  # fmt: skip
+    tokens = batch.ids
     positions = {label: _index(label, index, tokens) for label, index in positions.items()}
     if missing := [label for label in LABELS if label not in positions]:
         raise SPDError(f"positions were given for {', '.join(positions) or 'nothing'}; {', '.join(missing)} is missing too. Give one index "

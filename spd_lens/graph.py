@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.decomposition import Decomposition
@@ -26,6 +26,7 @@ from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
 from spd_lens.patching import Metric, _adding, ablation_effects, attribution
 from spd_lens.sites import Passage, Rewrite
+from spd_lens.tokens import Batch
 
 Node = tuple[str, int, int]  # site, subcomponent, position
 OUTPUT: Node = ("the metric", 0, -1)
@@ -70,12 +71,14 @@ class CircuitGraph:
         )
 
 
-def circuit_graph(d: Decomposition, tokens: Any, metric: Metric, most_nodes: int = 40, most_edges: int = 80) -> CircuitGraph:
+def circuit_graph(
+    d: Decomposition, tokens: Any, metric: Metric, most_nodes: int = 40, most_edges: int = 80, attention_mask: Any = None
+) -> CircuitGraph:
     """The circuit of one prompt.
 
     Args:
         d: the decomposition.
-        tokens: `[1, s]`, or a text where the model has a tokenizer.
+        tokens, attention_mask: `[1, s]`, as `spd_lens.tokens.take_in` takes them; padding is cut off, and positions count without it.
         metric: a differentiable function of the logits `[b, s, vocabulary]` that gives one number, e.g. `answer_logit(token)`.
         most_nodes: those worth most to the metric.
         most_edges: the strongest.
@@ -83,24 +86,25 @@ def circuit_graph(d: Decomposition, tokens: Any, metric: Metric, most_nodes: int
     Raises:
         SPDError: several prompts, nothing active, or a metric that is not one number or has no gradient.
     """
-    tokens = d.tokens(tokens)
-    if len(tokens) != 1:
-        raise SPDError(f"{len(tokens)} prompts were given; a circuit is drawn of one, [1, s]: tokens[:1], or one after the other.")
-    seen = d.observe(tokens)
-    ranked = attribution(d, tokens, metric, per_position=True)
+    batch = d.batch(tokens, attention_mask)
+    if len(batch) != 1:
+        raise SPDError(f"{len(batch)} prompts were given; a circuit is drawn of one, [1, s]: tokens[:1], or one after the other.")
+    batch = batch.alone()
+    seen = d.look(batch)
+    ranked = attribution(d, batch, metric, per_position=True)
     active = {name: (g[0] > THRESHOLD).T.cpu() for name, g in seen.importances.items()}  # [C, s]
     on = [bool(active[name][c, p]) for name, c, p in zip(ranked["site"], ranked["subcomponent"], ranked["position"])]
     nodes = ranked[on].head(TRIED * most_nodes).reset_index(drop=True)
     if nodes.empty:
         raise SPDError("no subcomponent is active (g > 0.5) on this prompt, so there is no circuit to draw; give a prompt like those that the "
                        "decomposition was learnt on, or look at verify(decomposition, tokens).")  # fmt: skip
-    exact = ablation_effects(d, tokens, metric, nodes, per_position=True, progress=False)
+    exact = ablation_effects(d, batch, metric, nodes, per_position=True, progress=False)
     nodes = exact.rename(columns={"effect": "exact"}).merge(nodes, on=["site", "subcomponent", "position"]).head(most_nodes)
     nodes["inner"] = [float(seen.inner[name][0, p, c]) for name, c, p in _keys(nodes)]
-    edges = _edges(d, tokens, metric, nodes).head(most_edges)
-    kept, cut = _whole(d, tokens, metric, nodes)
+    edges = _edges(d, batch, metric, nodes).head(most_edges)
+    kept, cut = _whole(d, batch, metric, nodes)
     return CircuitGraph(
-        tuple(token_labels(d.model, tokens[0])), float(metric(seen.logits)), kept, cut, int(sum(int(a.sum()) for a in active.values())), nodes, edges,
+        tuple(token_labels(d.model, batch.ids[0])), float(metric(seen.logits)), kept, cut, int(sum(int(a.sum()) for a in active.values())), nodes, edges,
     )  # fmt: skip
 
 
@@ -118,13 +122,13 @@ def _keys(nodes: pd.DataFrame) -> list[Node]:
     return [(str(name), int(c), int(p)) for name, c, p in zip(nodes["site"], nodes["subcomponent"], nodes["position"])]
 
 
-def _edges(d: Decomposition, tokens: Int[Tensor, "1 s"], metric: Metric, nodes: pd.DataFrame) -> pd.DataFrame:
+def _edges(d: Decomposition, batch: Batch, metric: Metric, nodes: pd.DataFrame) -> pd.DataFrame:
     keys, inner = _keys(nodes), dict(zip(_keys(nodes), nodes["inner"]))
     worth = {key: -effect / a if (a := inner[key]) else 0.0 for key, effect in zip(keys, nodes["exact"])} | {OUTPUT: 1.0}
     clean: dict[str, Tensor] = {}
     with torch.enable_grad(), frozen(d.model):
         leaves = {
-            name: torch.zeros(1, tokens.shape[1], site.d_out, device=tokens.device, requires_grad=True) for name, site in d.sites.items()
+            name: torch.zeros(1, batch.shape[1], site.d_out, device=batch.device, requires_grad=True) for name, site in d.sites.items()
         }
         read: dict[str, Tensor] = {}
 
@@ -138,7 +142,7 @@ def _edges(d: Decomposition, tokens: Int[Tensor, "1 s"], metric: Metric, nodes: 
 
             return rewrite
 
-        logits = d._forward(tokens, {name: held(name) for name in d.sites})
+        logits = d._forward(batch, {name: held(name) for name in d.sites})
         values = {key: (read[key[0]][0, key[2]] @ d.components[key[0]].V.detach()[:, key[1]]) for key in keys} | {OUTPUT: metric(logits)}
         rows = []
         for target, value in values.items():
@@ -153,7 +157,7 @@ def _edges(d: Decomposition, tokens: Int[Tensor, "1 s"], metric: Metric, nodes: 
                 part = float(slopes[name][0, p] @ d.components[name].U.detach()[c]) * inner[source] if slopes else 0.0
                 if source != target and part != 0.0:
                     rows.append((*source, *target, part))
-    lost = _lost(d, tokens, metric, keys, inner, clean)
+    lost = _lost(d, batch, metric, keys, inner, clean)
     columns = ["site", "subcomponent", "position", "to_site", "to_subcomponent", "to_position", "part"]
     table = pd.DataFrame(rows, columns=columns)
     table["exact"] = [lost[row[:3]][row[3:6]] for row in rows]
@@ -164,21 +168,21 @@ def _edges(d: Decomposition, tokens: Int[Tensor, "1 s"], metric: Metric, nodes: 
 @torch.no_grad()
 def _lost(
     d: Decomposition,
-    tokens: Int[Tensor, "1 s"],
+    batch: Batch,
     metric: Metric,
     keys: Sequence[Node],
     inner: Mapping[Node, float],
     clean: Mapping[str, Tensor],
 ) -> dict[Node, dict[Node, float]]:
     """Source → target → what it loses when the source alone is subtracted and every site else writes what it wrote."""
-    before = {**inner, OUTPUT: float(metric(d.model(tokens)))}
+    before = {**inner, OUTPUT: float(metric(d.model(batch.ids, return_type="logits")))}
     found: dict[Node, dict[Node, float]] = {}
     for start in range(0, len(keys), ROWS):
         some = keys[start : start + ROWS]
         read: dict[str, Tensor] = {}
 
         def held(name: str, some: Sequence[Node] = some, read: dict[str, Tensor] = read) -> Rewrite:
-            taken = torch.zeros(len(some), tokens.shape[1], d.sites[name].d_out, device=tokens.device)
+            taken = torch.zeros(len(some), batch.shape[1], d.sites[name].d_out, device=batch.device)
             for row, (site, c, p) in enumerate(some):
                 if site == name:
                     taken[row, p] = -inner[site, c, p] * d.components[site].U[c]
@@ -191,7 +195,7 @@ def _lost(
 
             return rewrite
 
-        logits = d._forward(tokens.repeat(len(some), 1), {name: held(name) for name in d.sites})
+        logits = d._forward(batch.repeated(len(some)), {name: held(name) for name in d.sites})
         for row, source in enumerate(some):
             after = {(name, c, p): float(read[name][row, p] @ d.components[name].V[:, c]) for name, c, p in keys}
             after[OUTPUT] = float(metric(logits[row : row + 1]))
@@ -200,12 +204,12 @@ def _lost(
 
 
 @torch.no_grad()
-def _whole(d: Decomposition, tokens: Int[Tensor, "1 s"], metric: Metric, nodes: pd.DataFrame) -> tuple[float, float]:
+def _whole(d: Decomposition, batch: Batch, metric: Metric, nodes: pd.DataFrame) -> tuple[float, float]:
     """The metric with the nodes alone, and without them."""
     masks: dict[str, Float[Tensor, "1 s C"]] = {
-        name: torch.zeros(1, tokens.shape[1], c.C, device=tokens.device) for name, c in d.components.items()
+        name: torch.zeros(1, batch.shape[1], c.C, device=batch.device) for name, c in d.components.items()
     }
     for name, c, p in _keys(nodes):
         masks[name][0, p, c] = 1
     hooks = [hook for name, c, p in _keys(nodes) for hook in d.ablate({name: [c]}, positions=[p])]
-    return float(metric(d.run(tokens, masks))), float(metric(d.model.run_with_hooks(tokens, fwd_hooks=hooks)))
+    return float(metric(d.masked(batch, masks))), float(metric(d.model.run_with_hooks(batch.ids, fwd_hooks=hooks)))

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -143,15 +143,22 @@ class Importance(nn.Module):
         super().__init__()
         self.register_buffer("alive", torch.ones(C))
 
-    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
-        """Of `some` subcomponents; None: of all."""
+    def logits(
+        self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None,
+        real: Bool[Tensor, "b s"] | None = None,
+    ) -> Float[Tensor, "b s k"]:  # fmt: skip
+        """Of `some` subcomponents; None: of all. What stands where `real` is False is not looked at from elsewhere."""
         raise TypeError(f"{type(self).__name__} has to define logits")
 
-    def forward(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"]) -> Float[Tensor, "b s C"]:
-        if (some := self._some()) is None:
-            return self.logits(x, inner, None)
-        z = self.logits(x, inner, some)
-        return z.new_full((*z.shape[:-1], len(self.alive)), RETIRED).index_copy(-1, some, z)
+    def forward(
+        self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], real: Bool[Tensor, "b s"] | None = None
+    ) -> Float[Tensor, "b s C"]:
+        """Logits; of padding, where `real` is False, as of what is retired. Padding comes behind a sequence's tokens."""
+        some = self._some()
+        z = self.logits(x, inner, some, real)
+        if some is not None:
+            z = z.new_full((*z.shape[:-1], len(self.alive)), RETIRED).index_copy(-1, some, z)
+        return z if real is None else z.masked_fill(~real[..., None], RETIRED)
 
     def _some(self) -> Tensor | None:
         """Indices of those alive, None for all; looked up anew when `alive` was written to."""
@@ -197,7 +204,10 @@ class ScalarImportance(Importance):
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
         self.b2 = nn.Parameter(torch.full((C,), bias))
 
-    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
+    def logits(
+        self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None,
+        real: Bool[Tensor, "b s"] | None = None,
+    ) -> Float[Tensor, "b s k"]:  # fmt: skip
         these = slice(None) if some is None else some
         hidden = F.gelu((inner / self.scale)[..., these, None] * self.w1[these] + self.b1[these])
         return (hidden * self.w2[these]).sum(-1) + self.b2[these]
@@ -213,7 +223,10 @@ class VectorImportance(Importance):
         self.register_buffer("scale", scale)
         self.mlps = _MLPs(d_in, C, width, bias, generator)
 
-    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
+    def logits(
+        self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None,
+        real: Bool[Tensor, "b s"] | None = None,
+    ) -> Float[Tensor, "b s k"]:  # fmt: skip
         return self.mlps(some, x / self.scale)
 
 
@@ -252,22 +265,31 @@ class AttentionImportance(Importance):
         bias = self.relative.index_select(0, distance.clamp(low, self.context - 1) - low) / self.W_Q.shape[1] ** 0.5
         return bias.masked_fill(distance < 0, -torch.inf) if self.causal else bias
 
-    def attend(self, q: Float[Tensor, "b s w"], k: Float[Tensor, "b s w"], v: Float[Tensor, "b s w"]) -> Float[Tensor, "b s w"]:
-        """The head's output; of long sequences block by block, so that memory grows with the length and not with its square."""
+    def attend(
+        self, q: Float[Tensor, "b s w"], k: Float[Tensor, "b s w"], v: Float[Tensor, "b s w"], real: Bool[Tensor, "b s"] | None = None
+    ) -> Float[Tensor, "b s w"]:
+        """The head's output; of long sequences block by block, so that memory grows with the length and not with its square. Keys where `real` is
+        False are hidden (a causal head does not reach padding behind a sequence anyway)."""
         batch, length, _ = q.shape
         ahead = self.bias_by_distance(length).flip(0).to(q.dtype)  # [0] is the farthest back
         rows = max(1, (SCORES if q.device.type == "cpu" else CUDA_SCORES) // (batch * length))
+        if real is not None:
+            bias = _windows(ahead, 0, length, length).flip(0).masked_fill(~real[:, None, None], -torch.inf)
+            return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=bias)[:, 0]
         if rows < length:
             return _BlockedAttention.apply(q, k, v, ahead, rows, self.causal)
         bias = _windows(ahead, 0, length, length).flip(0)
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=bias)[:, 0]
 
-    def logits(self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None) -> Float[Tensor, "b s k"]:
+    def logits(
+        self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None,
+        real: Bool[Tensor, "b s"] | None = None,
+    ) -> Float[Tensor, "b s k"]:  # fmt: skip
         x = x / self.scale
         encoding = self.absolute[torch.arange(x.shape[1], device=x.device).clamp(max=self.context - 1)]
         q, k = x @ self.W_Q, x @ self.W_K
         v = x @ self.W_V + encoding
-        return self.mlps(some, self.attend(q, k, v.to(q.dtype)), x)
+        return self.mlps(some, self.attend(q, k, v.to(q.dtype), None if self.causal else real), x)
 
 
 def _windows(ahead: Tensor, start: int, end: int, keys: int) -> Tensor:

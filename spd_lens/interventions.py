@@ -186,7 +186,7 @@ def span(directions: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
 @torch.no_grad()
 def peaks(d: "Decomposition", tokens: Any) -> dict[str, Float[Tensor, " C"]]:
     """Site → every subcomponent's inner activation, with its sign, where it is active and importance times activation is largest; else 0."""
-    observed = d.observe(tokens)
+    observed = d.look(d.batch(tokens))
     found = {}
     for name, inner in observed.inner.items():
         importance = observed.importances[name].flatten(0, 1)

@@ -19,6 +19,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.importance import JUST_ABOVE_1, LEAK, TINY, above, between, upper_leaky
 from spd_lens.ranks import ALONE, Ranks
 from spd_lens.sites import Site
+from spd_lens.tokens import Batch
 
 EPSILON = 1e-6  # keeps the slope of g^p finite at 0
 SLICE = 1 << 11  # rows that the penalties work on at once
@@ -34,6 +35,7 @@ class Pass:
         power: p of `|g|^p`, annealed.
         ranks: who holds the other sequences of the batch.
         positions: at which outputs are compared: `all` or `last`; None: as the config says.
+        batch: the sequences, where some of them are padded.
     """
 
     sites: Mapping[str, Site]
@@ -43,16 +45,20 @@ class Pass:
     config: SPDConfig
     ranks: Ranks = ALONE
     positions: str | None = None
+    batch: Batch | None = None
+
+    @cached_property
+    def length(self) -> float:
+        """Positions of a sequence, padding left out; the mean over the whole batch."""
+        b, s = next(iter(self.logits.values())).shape[:2]
+        if self.batch is None or self.batch.real is None:
+            return float(s)
+        return float(self.ranks.mean({"length": self.batch.real.float().sum() / b})["length"])
 
     @property
-    def length(self) -> int:
-        """Positions of a sequence."""
-        return next(iter(self.logits.values())).shape[1]
-
-    @property
-    def outputs(self) -> int:
+    def outputs(self) -> float:
         """Compared outputs of a sequence."""
-        return 1 if (self.positions or self.config.output_positions) == "last" else self.length
+        return 1.0 if (self.positions or self.config.output_positions) == "last" else self.length
 
     @cached_property
     def importances(self) -> dict[str, Tensor]:
@@ -61,8 +67,10 @@ class Pass:
 
     @cached_property
     def usage(self) -> dict[str, Tensor]:
-        """Site → `[C]`, mean of `g^p` over all positions of the whole batch, the other ranks' sequences included."""
-        return self.ranks.mean({name: mean_power(z, self.power) for name, z in self.logits.items()})
+        """Site → `[C]`, mean of `g^p` over all positions of the whole batch, the other ranks' sequences included. Padding has g = 0."""
+        real = next(iter(self.logits.values())).shape[1] / self.length
+        means = {name: mean_power(z, self.power) for name, z in self.logits.items()}
+        return self.ranks.mean(means if real == 1 else {name: mean * real for name, mean in means.items()})
 
 
 class _MeanPower(torch.autograd.Function):

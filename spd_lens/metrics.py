@@ -5,7 +5,7 @@ uniform masks leave at half strength on average. Such a one has a fine stochasti
 count is shown without `verify` beside it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,8 +19,9 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
 from spd_lens.losses import kl_divergence, mean_squared_delta
-from spd_lens.suffix import compared, rows_at_once
+from spd_lens.suffix import rows_at_once
 from spd_lens.tables import Shown, Tabular
+from spd_lens.tokens import Batch, TokensLike
 
 ASCENT_STEPS, ASCENT_RATE = 20, 0.1
 TOGETHER = 256  # sequences run at once
@@ -64,34 +65,42 @@ class Census(Tabular):
 
 def census(
     decomposition: Decomposition,
-    tokens: Tensor,
+    tokens: TokensLike,
     positions: Mapping[str, Int[Tensor, " b"]] | None = None,
     threshold: float = masks.THRESHOLD,
+    attention_mask: Any = None,
 ) -> Census:
-    """Count active subcomponents (arXiv 2511.08854, Table 1).
+    """Count active subcomponents (arXiv 2511.08854, Table 1). Padding is not counted.
 
     Args:
-        tokens: `[b, s]`.
+        tokens, attention_mask: `[b, s]`, as `spd_lens.tokens.take_in` takes them.
         positions: label → index `[b]` of one position in each sequence.
         threshold: a subcomponent is active where its importance is above this.
     """
-    tokens = decomposition.tokens(tokens)
+    tokens = decomposition.batch(tokens, attention_mask)
     positions = positions or {}
     for label, index in positions.items():
         if index.shape != (len(tokens),) or int(index.min()) < 0 or int(index.max()) >= tokens.shape[1]:
             raise SPDError(f"positions[{label!r}] has shape {list(index.shape)} and runs from {int(index.min())} to {int(index.max())}; "
                            f"it has to hold one position 0 … {tokens.shape[1] - 1} for each of the {len(tokens)} sequences.")  # fmt: skip
+    here = {label: tokens.position(index.to(tokens.device)) for label, index in positions.items()}
+    for label, index in here.items():
+        if len(padded := torch.nonzero((index < 0) | (index > tokens.last))):
+            n = int(padded[0])
+            raise SPDError(
+                f"positions[{label!r}] of sequence {n} is {int(positions[label][n])}, which is padding; give a position of one of its tokens."
+            )
     number: dict[str, list[Tensor]] = {name: [] for name in decomposition.sites}
     alive = {name: torch.zeros(c.C, dtype=torch.bool, device=c.V.device) for name, c in decomposition.components.items()}
     for batch in tokens.split(rows_at_once(decomposition.model, tokens.shape[1], TOGETHER)):
-        for name, g in decomposition.importances(batch).items():
-            number[name].append((g > threshold).sum(-1).float())
-            alive[name] |= (g > threshold).flatten(0, 1).any(0)
+        for name, g in decomposition.look(batch).importances.items():
+            number[name].append(batch.blanked((g > threshold).sum(-1).float()))
+            alive[name] |= batch.rows(g > threshold).any(0)
     rows, mean_active = torch.arange(len(tokens), device=tokens.device), {}
     for name, parts in number.items():
         active = torch.cat(parts)
-        means = {label: float(active[rows, index.to(tokens.device)].mean()) for label, index in positions.items()}
-        mean_active[name] = {**means, "all": float(active.mean())}
+        means = {label: float(active[rows, index].mean()) for label, index in here.items()}
+        mean_active[name] = {**means, "all": float(active.sum() / tokens.numel)}
     return Census(mean_active, alive, threshold)
 
 
@@ -159,15 +168,18 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
          "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
-def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int | None = None) -> Verification:
+def verify(
+    decomposition: Decomposition, tokens: TokensLike, seed: int = 0, batch_size: int | None = None, attention_mask: Any = None
+) -> Verification:
     """Cut a decomposition in every way that its count of active subcomponents promises to survive.
 
     Args:
-        tokens: `[b, s]`; outputs are compared at the positions that the decomposition was trained on.
+        tokens, attention_mask: `[b, s]`, as `spd_lens.tokens.take_in` takes them; outputs are compared at the positions that the decomposition was
+            trained on, padding left out.
         seed: of the stochastic masks and the adversary's start.
         batch_size: sequences run at once (None: what memory is likely to hold); the figures are those of all of them together.
     """
-    tokens = decomposition.tokens(tokens)
+    tokens, positions = decomposition.batch(tokens, attention_mask), decomposition.config.output_positions
     batches = tokens.split(batch_size or rows_at_once(decomposition.model, tokens.shape[1], TOGETHER))
     draw = masks.Draw(torch.Generator(tokens.device).manual_seed(seed), kind="uniform")
     observations = [_Seen.of(decomposition, batch) for batch in batches]
@@ -184,15 +196,15 @@ def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_si
     sums = dict.fromkeys([*samplers, "kl_layerwise"], 0.0)
     with torch.no_grad():
         for batch, o in zip(batches, observations):
-            share = len(batch) / len(tokens)
+            share = batch.outputs(positions) / tokens.outputs(positions)
             for name, sampler in samplers.items():
-                sums[name] += share * _kl(decomposition, batch, o.logits, sampler(o.importances, draw))
+                sums[name] += share * float(_divergence(decomposition, batch, o.logits, sampler(o.importances, draw)))
             for name, mask in masks.uniform(o.importances, draw).items():
-                sums["kl_layerwise"] += share * _kl(decomposition, batch, o.logits, {name: mask}) / len(names)
+                sums["kl_layerwise"] += share * float(_divergence(decomposition, batch, o.logits, {name: mask})) / len(names)
         faithfulness = float(mean_squared_delta(decomposition.sites, decomposition.components))
     with frozen(decomposition.model):
         worst = _adversarial(decomposition, batches, observations, draw)
-    numbers = {name: sum(float(active(o)[name].sum()) for o in observations) / tokens.numel() for name in names}
+    numbers = {name: sum(float(active(o)[name].sum()) for o in observations) / tokens.numel for name in names}
     return Verification(faithfulness, **sums, kl_adversarial=worst, l0=numbers)
 
 
@@ -204,20 +216,21 @@ class _Seen:
     importances: dict[str, Float[Tensor, "b s C"]]
 
     @classmethod
-    def of(cls, decomposition: Decomposition, batch: Tensor) -> "_Seen":
-        seen = decomposition.observe(batch)
-        return cls(compared(seen.logits, decomposition.config.output_positions).clone(), seen.importances)
+    def of(cls, decomposition: Decomposition, batch: Batch) -> "_Seen":
+        seen = decomposition.look(batch)
+        return cls(batch.compared(seen.logits, decomposition.config.output_positions).clone(), seen.importances)
 
 
-def _kl(decomposition: Decomposition, tokens: Tensor, original: Tensor, mask: Mapping[str, Tensor]) -> float:
+def _divergence(decomposition: Decomposition, batch: Batch, original: Tensor, mask: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """KL(original ‖ masked), mean over the compared outputs of one batch."""
     positions = decomposition.config.output_positions
-    return float(kl_divergence(compared(original, positions), compared(decomposition.run(tokens, mask), positions)).mean())
+    return batch.mean(kl_divergence(original, batch.compared(decomposition.masked(batch, mask), positions)), positions)
 
 
-def _adversarial(decomposition: Decomposition, batches: tuple[Tensor, ...], observations: list[_Seen], draw: masks.Draw) -> float:
+def _adversarial(decomposition: Decomposition, batches: Sequence[Batch], observations: list[_Seen], draw: masks.Draw) -> float:
     """The worst KL that one value per inactive subcomponent, shared by all sequences and positions, can do."""
     positions = decomposition.config.output_positions
-    many = sum(len(batch) for batch in batches)
+    many = sum(batch.outputs(positions) for batch in batches)
     sources = {name: draw.uniform(c.C, like=c.V) for name, c in decomposition.components.items()}
     worst = 0.0
     for _ in range(ASCENT_STEPS + 1):  # the last value is looked at too
@@ -227,8 +240,7 @@ def _adversarial(decomposition: Decomposition, batches: tuple[Tensor, ...], obse
         for batch, o in zip(batches, observations):
             mask = {name: masks.between(m, sources[name]) for name, m in masks.hard(o.importances).items()}
             with torch.enable_grad():
-                divergence = kl_divergence(compared(o.logits, positions), compared(decomposition.run(batch, mask), positions))
-                loss = divergence.mean() * len(batch) / many
+                loss = _divergence(decomposition, batch, o.logits, mask) * batch.outputs(positions) / many
             for name, gradient in zip(sources, torch.autograd.grad(loss, list(sources.values()))):
                 gradients[name] += gradient
             total += float(loss.detach())

@@ -24,7 +24,8 @@ from spd_lens.guards import frozen
 from spd_lens.interventions import One, choice
 from spd_lens.losses import kl_divergence
 from spd_lens.sites import Passage, Rewrite
-from spd_lens.suffix import compared, repeated, resumed, rows_at_once
+from spd_lens.suffix import repeated, resumed, rows_at_once
+from spd_lens.tokens import Batch
 
 Metric = Callable[[Tensor], Any]  # logits [b, s, vocabulary] → one number
 Inner = Mapping[str, Float[Tensor, "b s C"]]
@@ -33,15 +34,19 @@ Place = tuple[str, int, int | None]  # site, subcomponent, position (None: all o
 ROWS = 64  # of one stacked pass, unless the batch alone is larger
 
 
-def attribution_patching(d: Decomposition, clean: Any, corrupted: Any, metric: Metric, per_position: bool = False) -> pd.DataFrame:
+def attribution_patching(
+    d: Decomposition, clean: Any, corrupted: Any, metric: Metric, per_position: bool = False, attention_mask: Any = None
+) -> pd.DataFrame:
     """First-order effect of each subcomponent's clean inner activation in the corrupted run (Nanda 2023, *Attribution patching*; Syed et al.
     2023, arXiv 2310.10348): two forward passes and one backward, for everything at once.
 
     Args:
         d: the decomposition.
-        clean, corrupted: tokens `[b, s]` of one shape, or text where the model has a tokenizer.
-        metric: a differentiable function of the logits `[b, s, vocabulary]`, one number.
+        clean, corrupted: tokens `[b, s]` of one shape and padding, or text where the model has a tokenizer.
+        metric: a differentiable function of the logits `[b, s, vocabulary]`, one number. At padding they are nan, so that a metric cannot
+            look there unnoticed.
         per_position: a row for each position, else their sum.
+        attention_mask: `[b, s]`, 0 at padding, of both (`spd_lens.tokens.take_in`).
 
     Returns:
         `site`, `subcomponent`, (`position`,) `effect` in the metric's unit, largest |effect| first.
@@ -49,14 +54,14 @@ def attribution_patching(d: Decomposition, clean: Any, corrupted: Any, metric: M
     Raises:
         SPDError: prompts of different shapes, or a metric that is not one number or has no gradient.
     """
-    clean_tokens, tokens = _pair(d, clean, corrupted)
+    clean_tokens, tokens = _pair(d, clean, corrupted, attention_mask)
     run = _trace(d, tokens)
     return _first_order(d, run, _inner(d, run), _inner(d, _trace(d, clean_tokens)), metric, per_position)
 
 
-def attribution(d: Decomposition, tokens: Any, metric: Metric, per_position: bool = False) -> pd.DataFrame:
+def attribution(d: Decomposition, tokens: Any, metric: Metric, per_position: bool = False, attention_mask: Any = None) -> pd.DataFrame:
     """First-order effect of ablating each subcomponent, `-Σ a·∂metric/∂a`; arguments and table as in `attribution_patching`."""
-    run = _trace(d, d.tokens(tokens))
+    run = _trace(d, d.batch(tokens, attention_mask))
     return _first_order(d, run, _inner(d, run), None, metric, per_position)
 
 
@@ -68,6 +73,7 @@ def activation_patching(
     chosen: Any = None,
     per_position: bool = False,
     progress: bool = True,
+    attention_mask: Any = None,
 ) -> pd.DataFrame:
     """The exact effect of each subcomponent's clean inner activation in the corrupted run: one run each.
 
@@ -76,6 +82,7 @@ def activation_patching(
         metric: any function of the logits `[b, s, vocabulary]` that gives one number.
         chosen: site → indices; or a table as these functions return (`attribution_patching(…).head(50)`), its positions too; None: all.
         progress: whether to show a bar.
+        attention_mask: as in `attribution_patching`.
 
     Returns:
         the table of `attribution_patching`.
@@ -83,86 +90,104 @@ def activation_patching(
     Raises:
         SPDError: prompts of different shapes, a metric that is not one number, or a choice of what is not there.
     """
-    clean_tokens, tokens = _pair(d, clean, corrupted)
+    clean_tokens, tokens = _pair(d, clean, corrupted, attention_mask)
     run = _trace(d, tokens)
     return _exact(d, run, _inner(d, run), _inner(d, _trace(d, clean_tokens)), metric, chosen, per_position, progress)
 
 
 def ablation_effects(
-    d: Decomposition, tokens: Any, metric: Metric, chosen: Any = None, per_position: bool = False, progress: bool = True
-) -> pd.DataFrame:
+    d: Decomposition, tokens: Any, metric: Metric, chosen: Any = None, per_position: bool = False, progress: bool = True,
+    attention_mask: Any = None,
+) -> pd.DataFrame:  # fmt: skip
     """The exact effect of ablating each subcomponent, as `Decomposition.ablate` does; arguments and table as in `activation_patching`."""
-    run = _trace(d, d.tokens(tokens))
+    run = _trace(d, d.batch(tokens, attention_mask))
     return _exact(d, run, _inner(d, run), None, metric, chosen, per_position, progress)
 
 
-def cut_costs(d: Decomposition, tokens: Any, chosen: Any = None, progress: bool = False) -> dict[One, float]:
+def cut_costs(d: Decomposition, tokens: Any, chosen: Any = None, progress: bool = False, attention_mask: Any = None) -> dict[One, float]:
     """What cutting each subcomponent alone out of the original weights does to the outputs, whichever they are: KL(original ‖ without it) in
     nats, mean over the compared outputs; one run each.
 
     Args:
         d: the decomposition.
-        tokens: `[b, s]`, or text where the model has a tokenizer.
+        tokens, attention_mask: `[b, s]`, as `spd_lens.tokens.take_in` takes them.
         chosen, progress: as in `activation_patching`.
     """
-    tokens, positions = d.tokens(tokens), d.config.output_positions
+    tokens, positions = d.batch(tokens, attention_mask), d.config.output_positions
     costs: dict[One, float] = {}
     for batch in tokens.split(rows_at_once(d.model, tokens.shape[1], ROWS)):
-        with torch.no_grad():
-            clean = compared(d.model(batch, return_type="logits"), positions)
+        run = _trace(d, batch)
+        clean = batch.compared(run.logits, positions)
 
-        def cost(logits: Tensor, clean: Tensor = clean) -> Tensor:
-            return kl_divergence(clean, compared(logits, positions)).mean()
+        def cost(logits: Tensor, clean: Tensor = clean, batch: Batch = batch) -> Tensor:
+            return batch.mean(kl_divergence(clean, batch.compared(logits, positions)), positions)
 
-        table = ablation_effects(d, batch, cost, chosen, progress=progress)
+        table = _exact(d, run, _inner(d, run), None, cost, chosen, False, progress, own=True)
         for name, c, effect in zip(table["site"], table["subcomponent"], table["effect"]):
-            costs[name, int(c)] = costs.get((name, int(c)), 0.0) + float(effect) * len(batch) / len(tokens)
+            costs[name, int(c)] = costs.get((name, int(c)), 0.0) + float(effect) * batch.outputs(positions) / tokens.outputs(positions)
     return costs
 
 
 def _first_order(d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, per_position: bool) -> pd.DataFrame:
-    b, s = run.tokens.shape
+    b, s = run.batch.shape
     with torch.enable_grad(), frozen(d.model):
         added = {name: run.logits.new_zeros(b, s, site.d_out, requires_grad=True) for name, site in d.sites.items()}
-        logits = d._forward(run.tokens, {name: _adding(d, name, extra) for name, extra in added.items()})
-        value = _number(metric(logits))
+        logits = d._forward(run.batch, {name: _adding(d, name, extra) for name, extra in added.items()})
+        value = _number(metric(_told(run.batch, logits)), run.batch)
         if not isinstance(value, Tensor) or not value.requires_grad:
             raise SPDError("the metric has no gradient; compute it from the logits it is given, without detach, argmax or item.")
         gradients = torch.autograd.grad(value, list(added.values()), allow_unused=True, materialize_grads=True)
     effects = {}
     for name, gradient in zip(added, gradients):
         difference = -inner[name] if wanted is None else wanted[name] - inner[name]
-        effects[name] = (difference * (gradient @ d.components[name].U.detach().T)).sum(0)  # [s, C]
+        effect = run.batch.blanked(difference * (gradient @ d.components[name].U.detach().T))
+        effects[name] = run.batch.given(effect).sum(0)  # [s, C]
     rows = [(name, c, p) for name, e in effects.items() for p in (range(s) if per_position else [None]) for c in range(e.shape[1])]
     return _ranked(rows, torch.cat([(e if per_position else e.sum(0)).flatten() for e in effects.values()]).tolist(), per_position)
 
 
 @torch.no_grad()
 def _exact(
-    d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, chosen: Any, per_position: bool, progress: bool
-) -> pd.DataFrame:
-    places = list(_places(d, chosen, run.tokens.shape[1], per_position))
-    before = float(_number(metric(run.logits)))
+    d: Decomposition, run: Trace, inner: Inner, wanted: Inner | None, metric: Metric, chosen: Any, per_position: bool, progress: bool,
+    own: bool = False,
+) -> pd.DataFrame:  # fmt: skip
+    """`own`: the metric is ours and knows the padding."""
+    batch = run.batch
+
+    def measured(logits: Tensor) -> float:
+        return float(_number(metric(logits if own else _told(batch, logits)), batch))
+
+    places = list(_places(d, chosen, batch.shape[1], per_position))
+    before = measured(run.logits)
     effects: list[float] = []
     with tqdm(total=len(places), disable=not progress, desc="patching", unit="run") as bar:
-        for stack in _stacks(places, max(1, rows_at_once(d.model, run.tokens.shape[1], ROWS) // len(run.tokens))):
+        for stack in _stacks(places, max(1, rows_at_once(d.model, batch.shape[1], ROWS) // len(batch))):
             name = stack[0][0]
             difference = -inner[name] if wanted is None else wanted[name] - inner[name]
-            extra = torch.cat([_written(d, difference, place) for place in stack])
+            extra = torch.cat([_written(d, batch, difference, place) for place in stack])
             layer, many = d.sites[name].layer, len(stack)
-            start = repeated(run.blocks[layer - 1], len(run.tokens), many) if layer else None
+            start = repeated(run.blocks[layer - 1], len(batch), many) if layer else None
             with resumed(d.model, start, layer):
-                logits = d._forward(run.tokens.repeat(many, 1), {name: _adding(d, name, extra)})
-            effects += [float(_number(metric(part))) - before for part in logits.unflatten(0, (many, -1))]
+                logits = d._forward(batch.repeated(many), {name: _adding(d, name, extra)})
+            effects += [measured(part) - before for part in logits.unflatten(0, (many, -1))]
             bar.update(many)
     return _ranked(places, effects, per_position)
 
 
-def _written(d: Decomposition, difference: Float[Tensor, "b s C"], place: Place) -> Float[Tensor, "b s d_out"]:
+def _told(batch: Batch, logits: Float[Tensor, "b s v"]) -> Float[Tensor, "b s v"]:
+    """The logits as the person's metric gets them: at the positions of the tokens as they were given, nan at padding."""
+    if batch.real is None:
+        return logits
+    return batch.given(logits.masked_fill(~batch.real[..., None], torch.nan))
+
+
+def _written(d: Decomposition, batch: Batch, difference: Float[Tensor, "b s C"], place: Place) -> Float[Tensor, "b s d_out"]:
+    """What is added to the site's output; the position is one of the tokens as they were given."""
     name, c, position = place
-    a = difference[..., c]
+    a = batch.blanked(difference[..., c])
     if position is not None:
-        a = torch.zeros_like(a).index_copy(1, torch.tensor([position], device=a.device), a[:, [position]])
+        there = torch.arange(a.shape[1], device=a.device).expand_as(a) == position
+        a = a * batch.aligned(there[..., None])[..., 0]
     return a[..., None] * d.components[name].U[c]
 
 
@@ -211,16 +236,18 @@ def _ranked(places: list[Place], effects: list[float], per_position: bool) -> pd
     return table.sort_values("effect", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
-def _pair(d: Decomposition, clean: Any, corrupted: Any) -> tuple[Tensor, Tensor]:
-    first, second = d.tokens(clean), d.tokens(corrupted)
+def _pair(d: Decomposition, clean: Any, corrupted: Any, attention_mask: Any) -> tuple[Batch, Batch]:
+    first, second = d.batch(clean, attention_mask), d.batch(corrupted, attention_mask)
     if first.shape != second.shape:
         raise SPDError(f"clean is {list(first.shape)} and corrupted {list(second.shape)} tokens; patching needs them of one shape, [b, s].")
+    if not torch.equal(first.last, second.last):
+        raise SPDError("clean and corrupted are padded differently; patching needs sequences of the same lengths, one by one.")
     return first, second
 
 
 @torch.no_grad()
-def _trace(d: Decomposition, tokens: Tensor) -> Trace:
-    return d.trace(tokens)
+def _trace(d: Decomposition, batch: Batch) -> Trace:
+    return d.trace(batch)
 
 
 @torch.no_grad()
@@ -228,7 +255,7 @@ def _inner(d: Decomposition, trace: Trace) -> dict[str, Tensor]:
     return {name: d.components[name].inner(x) for name, x in trace.inputs.items()}
 
 
-def _number(value: Any) -> Any:
+def _number(value: Any, batch: Batch) -> Any:
     """The metric's value, if it is one finite number."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise SPDError(f"the metric gave a tensor of shape {list(value.shape)}; it has to give one number, e.g. its mean.")
@@ -237,5 +264,10 @@ def _number(value: Any) -> Any:
     except (TypeError, ValueError):
         raise SPDError(f"the metric gave a {type(value).__name__}; it has to give one number.") from None
     if not isfinite(number):
-        raise SPDError(f"the metric gave {number}; effects need a finite number.")
+        padded = (
+            ""
+            if batch.real is None
+            else " At padding the logits are nan: look at real tokens alone (Observation.real says where they are)."
+        )
+        raise SPDError(f"the metric gave {number}; effects need a finite number.{padded}")
     return value

@@ -17,17 +17,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Int
 from torch import Tensor
 
 from spd_lens.errors import SPDError
 from spd_lens.sites import model_device
+from spd_lens.tokens import Batch
 
+Rows = TypeVar("Rows", Tensor, Batch)
 PATIENCE = timedelta(minutes=10)  # after which a rank that waits for one that is gone gives up
 
 
@@ -54,8 +55,8 @@ class Ranks:
                            f"give {allowed} (config.batch_size is that of all processes together), or start fewer.")  # fmt: skip
         return sequences // self.count
 
-    def share(self, batch: Int[Tensor, "b s"]) -> Int[Tensor, "n s"]:
-        """This rank's rows of the batch."""
+    def share(self, batch: Rows) -> Rows:
+        """This rank's rows of the batch, a tensor or a `Batch`."""
         many = self.per_rank(len(batch))
         return batch[self.rank * many : (self.rank + 1) * many]
 

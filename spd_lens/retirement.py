@@ -12,19 +12,20 @@ the matrix exactly whole in the end, where that does not change what the others 
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens import masks
 from spd_lens.curvature import effects
 from spd_lens.decomposition import Decomposition
 from spd_lens.losses import kl_from
+from spd_lens.tokens import Batch
 
 DRAWS = 2
 
 
 @torch.no_grad()
-def retire(d: Decomposition, tokens: Int[Tensor, "b s"], tolerance: float, rows: int) -> int:
+def retire(d: Decomposition, tokens: Batch | Tensor, tolerance: float, rows: int) -> int:
     """Retire subcomponents of `d`, and say how many.
 
     Args:
@@ -32,9 +33,10 @@ def retire(d: Decomposition, tokens: Int[Tensor, "b s"], tolerance: float, rows:
         tolerance: KL in nats per compared output that may be lost, in each of the runs.
         rows: sequences run at once; only which subcomponents are active is held for all of them.
     """
-    lots = tokens.split(rows)
+    batch = Batch.of(tokens)
+    lots = batch.split(rows)
     active = [_active(d, some) for some in lots]
-    effect = effects(d, tokens, active, torch.Generator(tokens.device).manual_seed(d.config.seed), rows)
+    effect = effects(d, batch, active, torch.Generator(batch.device).manual_seed(d.config.seed), rows)
     order = [(float(effect[name][c]), name, c) for name, gate in d.gates.items() for c in torch.nonzero(gate.alive).flatten().tolist()]
     order.sort(key=lambda one: one[0])
     idle = sum(cost == 0 for cost, _, _ in order)
@@ -56,10 +58,10 @@ def retire(d: Decomposition, tokens: Int[Tensor, "b s"], tolerance: float, rows:
 
 
 @torch.no_grad()
-def close(d: Decomposition, tokens: Int[Tensor, "b s"], tolerance: float, rows: int) -> None:
+def close(d: Decomposition, tokens: Batch | Tensor, tolerance: float, rows: int) -> None:
     """Make `V·U = W` exact by the least change of U (`Components.close`), site by site; not where there are too few subcomponents, nor where
     it would cost more KL than the tolerance: where V is badly conditioned, the least change is not small."""
-    lots = tokens.split(rows)
+    lots = Batch.of(tokens).split(rows)
     active = [_active(d, some) for some in lots]
     most = _kl(d, lots, active) + tolerance
     for name, components in d.components.items():
@@ -69,12 +71,12 @@ def close(d: Decomposition, tokens: Int[Tensor, "b s"], tolerance: float, rows: 
             components.U.copy_(before)
 
 
-def _active(d: Decomposition, tokens: Tensor) -> dict[str, Tensor]:
-    logits = d.importance_logits(d.trace(tokens, d.config.output_positions).inputs)[1]
+def _active(d: Decomposition, batch: Batch) -> dict[str, Tensor]:
+    logits = d.importance_logits(d.trace(batch, d.config.output_positions).inputs, batch)[1]
     return {name: z > masks.THRESHOLD for name, z in logits.items()}
 
 
-def _kl(d: Decomposition, lots: Sequence[Tensor], active: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, " runs"]:
+def _kl(d: Decomposition, lots: Sequence[Batch], active: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, " runs"]:
     """Mean KL per compared output, with the inactive ones at 0, and at `DRAWS` random corners, the same ones each time."""
     positions, draw = d.config.output_positions, masks.Draw(torch.Generator(lots[0].device).manual_seed(d.config.seed))
     nothing = {name: torch.zeros_like(c.V[0]) for name, c in d.components.items()}
@@ -84,5 +86,6 @@ def _kl(d: Decomposition, lots: Sequence[Tensor], active: Sequence[Mapping[str, 
         clean = d.trace(some, positions)
         for i, r in enumerate(strengths):
             mask = {name: masks.between(chosen.to(r[name].dtype), r[name]) for name, chosen in on.items()}
-            total[i] += kl_from(clean.logits.log_softmax(-1), d.run_many(clean, [mask], positions)[0]).mean() * len(some)
-    return total / sum(map(len, lots))
+            divergence = kl_from(clean.logits.log_softmax(-1), d.run_many(clean, [mask], positions)[0])
+            total[i] += some.mean(divergence, positions) * some.outputs(positions)
+    return total / sum(some.outputs(positions) for some in lots)

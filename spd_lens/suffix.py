@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from spd_lens.tokens import Batch
 
 LOGITS = 1 << 27  # numbers: 0.5 GiB; a divergence takes a few times as much
 Outputs = list[Any]  # one a block: its tensor, or the tuple that its class returns
@@ -64,23 +65,19 @@ def resumed(model: Any, output: Any, layer: int) -> Iterator[None]:
                 block.__dict__["forward"] = forward
 
 
-def compared(logits: Float[Tensor, "*b s v"], positions: str) -> Float[Tensor, "*b n v"]:
-    """The output positions that count: `all`, or the `last`."""
-    return logits[..., -1:, :] if positions == "last" else logits
-
-
 def rows_at_once(model: Any, length: int, most: int) -> int:
     """How many sequences of this length to run together, so that their logits over the whole vocabulary stay within `LOGITS` numbers."""
     return max(1, min(most, LOGITS // (length * model.cfg.d_vocab)))
 
 
 @contextmanager
-def compared_only(model: Any, positions: str) -> Iterator[None]:
-    """The unembedding computes no more than is compared: where that is the last position, `[b, 1, vocabulary]`."""
+def compared_only(model: Any, batch: Batch, positions: str) -> Iterator[None]:
+    """The unembedding computes no more than is compared: where that is the last position, `[b, 1, vocabulary]`. What runs may be the batch
+    several times over."""
 
     def last(module: Any, arguments: tuple) -> tuple:
         x, *rest = arguments
-        return (x[:, -1:], *rest)
+        return (batch.compared(x, "last"), *rest)
 
     unembed = getattr(model, "unembed", None)
     wanted = positions == "last" and isinstance(unembed, torch.nn.Module)

@@ -41,6 +41,7 @@ from spd_lens.retirement import close, retire
 from spd_lens.schema import Count, Natural
 from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
+from spd_lens.tokens import Batch
 
 ADVERSARY_STEP = 0.1
 TAUGHT = 32  # sequences on which a finished decomposition is looked at
@@ -76,8 +77,8 @@ Callback = Callable[[StepResult], None]
 
 
 def decompose(
-    model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig | None = None, *, progress: bool = True,
-    background: Tensor | Iterable[Tensor] | None = None, checkpoint: str | Path | None = None, checkpoint_every: int = 500,
+    model: Any, tokens: Any, config: SPDConfig | None = None, *, attention_mask: Any = None, progress: bool = True,
+    background: Any = None, checkpoint: str | Path | None = None, checkpoint_every: int = 500,
     resume: bool = False, callbacks: Iterable[Callback] = (),
 ) -> Decomposition:  # fmt: skip
     """Split the model's matrices into rank-one subcomponents and learn which of them each position needs.
@@ -86,8 +87,9 @@ def decompose(
 
     Args:
         model: a `HookedTransformer` or `TransformerBridge` in float32. It is not changed.
-        tokens: `[N, seq]`, from which each step draws `config.batch_size` rows; or an iterable of `[b, seq]` batches.
-            Several processes iterate over the same batches, and each takes its rows of every one.
+        tokens: `[N, seq]`, from which each step draws `config.batch_size` rows: a tensor, texts, or a tokenizer's dict; or an iterable of
+            batches, each of which may be one of these. Several processes iterate over the same batches, and each takes its rows of every one.
+        attention_mask: `[N, seq]`, 0 at padding, where tokens are one tensor (`spd_lens.tokens.take_in`).
         config: `SPDConfig()` by default; `steps=0` returns the initialised decomposition.
         background: other text, as `tokens`: a targeted decomposition (`SPDConfig.targeted()`). On it the delta is fully on, and what is learnt
             for `tokens` has to be harmless and is to be inactive.
@@ -122,11 +124,11 @@ def decompose(
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.exists() and not resume:
         raise SPDError(f"{checkpoint} exists; pass resume=True to go on from it, or delete it to start anew.")
-    data = Batches(model, tokens, config)
+    data = Batches(model, tokens, config, attention_mask)
     other = None if background is None else Batches(model, background, config)
     ranks.per_rank(len(data.example) if data.whole is None else config.batch_size)
-    ranks.expect_alike({"config": config.to_json(), "tokens": data.example if data.whole is None else data.whole,
-                        **({} if other is None else {"background": other.example if other.whole is None else other.whole}),
+    ranks.expect_alike({"config": config.to_json(), "tokens": (data.example if data.whole is None else data.whole).ids,
+                        **({} if other is None else {"background": (other.example if other.whole is None else other.whole).ids}),
                         "checkpoint (all have to see one file)": checkpoint is not None and checkpoint.exists(),
                         **{name: site.weight for name, site in sites.items()}})  # fmt: skip
     if checkpoint is not None:
@@ -159,13 +161,15 @@ def count(config: SPDConfig, name: str) -> int:
 
 
 def initialised(
-    model: Any, sites: dict[str, Site], example: Tensor, config: SPDConfig, sample: Tensor | None = None, background: Tensor | None = None
-) -> Decomposition:
+    model: Any, sites: dict[str, Site], example: Batch | Tensor, config: SPDConfig, sample: Batch | Tensor | None = None,
+    background: Batch | Tensor | None = None,
+) -> Decomposition:  # fmt: skip
     """The untrained decomposition: subcomponents from each matrix and its curvature on `sample` (None: on `example`), importance functions
     scaled to the inputs of `example`. With a background, those of what the matrix does on `sample` and not there."""
     device = next(iter(sites.values())).weight.device
     generator = torch.Generator(device).manual_seed(config.seed)
     decomposition = Decomposition(model, sites, {}, {}, config)
+    example = Batch.of(example)
     rows = max(1, TOKENS_PER_PASS // example.shape[1])
     weighing = (
         factors(decomposition, example if sample is None else sample, generator, rows)
@@ -182,27 +186,32 @@ def initialised(
     with torch.no_grad():
         for name, x in decomposition.trace(example).inputs.items():
             decomposition.gates[name] = build_importance(
-                config.importance, x, components[name].inner(x), config.gate_width, config.gate_bias, config.distance_decay,
-                example.shape[1], is_causal(model), generator,
+                config.importance, example.rows(x)[None], components[name].inner(example.rows(x))[None], config.gate_width, config.gate_bias,
+                config.distance_decay, example.shape[1], is_causal(model), generator,
             )  # fmt: skip
     return decomposition
 
 
 @torch.no_grad()
-def check_identity(decomposition: Decomposition, tokens: Tensor) -> None:
+def check_identity(decomposition: Decomposition, tokens: Batch | Tensor) -> None:
     """Every mask 1 and the delta on must give the original logits: a model that runs other than TransformerLens says shows here."""
-    clean = decomposition.model(tokens, return_type="logits")
+    batch = Batch.of(tokens)
+
+    def own() -> Tensor:
+        return decomposition.model(batch.ids, return_type="logits", **batch.model_arguments)
+
+    clean = own()
     if not torch.isfinite(clean).all():
         raise SPDError("the model's own logits hold NaN or infinite values on these tokens; decompose a model that runs.")
     everything = {name: torch.ones((), device=clean.device) for name in decomposition.sites}
     tolerance = IDENTITY_TOLERANCE * max(1.0, float(clean.abs().max()))
 
     def error(masks: Mapping[str, Tensor]) -> float:
-        return float((decomposition.run(tokens, masks, delta=1.0) - clean).abs().max())
+        return float((decomposition.masked(batch, masks, delta=1.0) - clean).abs().max())
 
     if error(everything) <= tolerance:
         return
-    if float((decomposition.model(tokens, return_type="logits") - clean).abs().max()) > tolerance:
+    if float((own() - clean).abs().max()) > tolerance:
         raise SPDError("the model gives other logits each time it runs (dropout?); call model.eval() first.")
     wrong = [name for name in everything if error({name: everything[name]}) > tolerance]
     raise SPDError(f"{', '.join(wrong or everything)}: replacing the matrix by itself changes the logits, so this model does not use it "
@@ -241,11 +250,27 @@ class _Passed:
         logits: of importance, site → `[b, s, C]`.
         z: the same cut off from what they came from, with the gradients of the masked passes.
         losses: the reconstruction losses.
+        batch: the tokens.
     """
 
     logits: dict[str, Tensor]
     z: dict[str, Tensor]
     losses: dict[str, Tensor]
+    batch: Batch
+
+
+class _Stream:
+    """What one step goes through: the tokens, or the background of a targeted decomposition.
+
+    Attributes:
+        outputs, tokens: how many outputs are compared and how many tokens there are; the mean over the ranks.
+    """
+
+    def __init__(self, ranks: Ranks, batch: Batch, positions: str, background: bool = False):
+        self.batch, self.positions, self.background = batch, positions, background
+        self.outputs, self.tokens = float(batch.outputs(positions)), float(batch.numel)
+        if batch.lengths is not None:
+            self.outputs, self.tokens = ranks.mean({"": torch.tensor([self.outputs, self.tokens], dtype=torch.float64)})[""].tolist()
 
 
 class Progress(TypedDict):
@@ -284,16 +309,15 @@ class Trainer:
         weights = {name: schedule.at(fraction) for name, schedule in self.config.weights.items()}
         return {name: weight for name, weight in weights.items() if weight != 0}
 
-    def step(self, tokens: Tensor, background: Tensor | None = None) -> StepResult:
+    def step(self, tokens: Batch | Tensor, background: Batch | Tensor | None = None) -> StepResult:
         d, config, part = self.decomposition, self.config, self.stopwatch.part
         fraction = d.steps_done / max(1, config.steps)
         weights = self.weights(fraction)
         self.draw.generator = self.ranks.stream(self.shared, config.seed, d.steps_done)
-        streams = (
-            [(tokens, config.output_positions, False)]
-            if background is None
-            else [(tokens, config.output_positions, False), (background, "all", True)]
-        )
+        tokens = Batch.of(tokens)
+        streams = [_Stream(self.ranks, tokens, config.output_positions)]
+        if background is not None:
+            streams.append(_Stream(self.ranks, Batch.of(background), "all", background=True))
         passed: list[_Passed] = self._with_room(tokens, lambda: self._streams(streams, weights))
         losses = self._check({name: loss for one in passed for name, loss in one.losses.items()})
         if "adversarial" in weights:
@@ -301,9 +325,10 @@ class Trainer:
             self.draw.sources |= masks.ascend({name: self.draw.sources[name] for name in gradients}, gradients, ADVERSARY_STEP)
         with part("losses"):
             penalties = {}
-            for one, (_, positions, behind) in zip(passed, streams):
-                seen = Pass(d.sites, d.components, one.z, config.minimality_power.at(fraction), config, self.ranks, positions)
-                wanted = of_stream(weights, behind)
+            power = config.minimality_power.at(fraction)
+            for one, stream in zip(passed, streams):
+                seen = Pass(d.sites, d.components, one.z, power, config, self.ranks, stream.positions, one.batch)
+                wanted = of_stream(weights, stream.background)
                 penalties |= {name: loss(seen) for name, loss in wanted.items() if not isinstance(loss, Reconstruction)}
             losses |= self._check(penalties)
             if penalties:
@@ -319,21 +344,21 @@ class Trainer:
         d.steps_done += 1
         with torch.no_grad():
             active = self.ranks.mean(
-                {name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in passed[0].z.items()}
+                {name: (value > masks.THRESHOLD).sum(dtype=value.dtype) / streams[0].tokens for name, value in passed[0].z.items()}
             )
             total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
         return StepResult(d.steps_done, losses, total, active, d)
 
-    def retire(self, tokens: Tensor) -> None:
+    def retire(self, tokens: Batch) -> None:
         """The same ones in every process."""
         self._with_room(tokens, lambda: retire(self.decomposition, tokens, self.config.retire_tolerance, self._rows(tokens)))
         self._as_the_first([gate.alive for gate in self.decomposition.gates.values()])
 
-    def close(self, tokens: Tensor) -> None:
+    def close(self, tokens: Batch) -> None:
         self._with_room(tokens, lambda: close(self.decomposition, tokens, self.config.retire_tolerance, self._rows(tokens)))
         self._as_the_first([c.U.data for c in self.decomposition.components.values()])
 
-    def _rows(self, tokens: Tensor) -> int:
+    def _rows(self, tokens: Batch) -> int:
         """Sequences of one pass."""
         return max(1, self.tokens_per_pass // tokens.shape[1])
 
@@ -343,38 +368,35 @@ class Trainer:
         for tensor, copy in zip(tensors, copies):
             tensor.copy_(copy)
 
-    def _streams(self, streams: Sequence[tuple[Tensor, str, bool]], weights: Mapping[str, float]) -> "list[_Passed]":
+    def _streams(self, streams: "Sequence[_Stream]", weights: Mapping[str, float]) -> "list[_Passed]":
         """The passes over the tokens, and over the background where there is one. No rank waits for another here, since memory may run out
         on one alone."""
         self.optimiser.zero_grad(set_to_none=True)
         self.draw.sources = {name: r.detach().requires_grad_("adversarial" in weights) for name, r in self.draw.sources.items()}
         passed = []
-        for tokens, positions, background in streams:
-            wanted = {name: loss for name, loss in of_stream(weights, background).items() if isinstance(loss, Reconstruction)}
-            passed.append(self._passes(tokens, positions, wanted, weights, delta=float(background)))
+        for stream in streams:
+            wanted = {name: loss for name, loss in of_stream(weights, stream.background).items() if isinstance(loss, Reconstruction)}
+            passed.append(self._passes(stream, wanted, weights))
         return passed
 
-    def _passes(
-        self, tokens: Tensor, positions: str, wanted: Mapping[str, Reconstruction], weights: Mapping[str, float], delta: float
-    ) -> "_Passed":
+    def _passes(self, stream: "_Stream", wanted: Mapping[str, Reconstruction], weights: Mapping[str, float]) -> "_Passed":
         """The clean pass and the masked ones."""
-        d, part = self.decomposition, self.stopwatch.part
-        rows = self._rows(tokens)
+        d, part, batch = self.decomposition, self.stopwatch.part, stream.batch
         with part("reconstruction"), torch.no_grad(), self._autocast():
-            clean = [d.trace(some, positions) for some in tokens.split(rows)]
+            clean = [d.trace(some, stream.positions) for some in batch.split(self._rows(batch))]
             inputs = {name: torch.cat([some.inputs[name] for some in clean]) for name in d.sites}
         with part("importance"), self._autocast():
-            _, logits = d.importance_logits(inputs)
+            _, logits = d.importance_logits(inputs, batch)
         z = {name: value.detach().requires_grad_() for name, value in logits.items()}
         for value in z.values():
             value.grad = torch.zeros_like(value)
         with part("reconstruction"):
-            losses = self._reconstruct(clean, z, positions, wanted, weights, delta)
-        return _Passed(logits, z, losses)
+            losses = self._reconstruct(clean, z, stream, wanted, weights)
+        return _Passed(logits, z, losses, batch)
 
     def _reconstruct(
-        self, clean: Sequence[Trace], z: Mapping[str, Tensor], positions: str, wanted: Mapping[str, Reconstruction],
-        weights: Mapping[str, float], delta: float,
+        self, clean: Sequence[Trace], z: Mapping[str, Tensor], stream: "_Stream", wanted: Mapping[str, Reconstruction],
+        weights: Mapping[str, float],
     ) -> dict[str, Tensor]:  # fmt: skip
         """The masked passes of every wanted reconstruction loss. Gradients are added to those of z, V, U and the adversary.
 
@@ -385,17 +407,18 @@ class Trainer:
         d, losses = self.decomposition, {}
         alike = replace(self.draw, generator=self.shared)  # which sites are replaced is the same on all ranks
         routes = {name: (loss, loss.router(list(d.sites), alike)) for name, loss in wanted.items()}
-        batch, start = sum(len(some.tokens) for some in clean), 0
+        start = 0
         for some in clean:
-            rows = slice(start, start := start + len(some.tokens))
+            rows = slice(start, start := start + len(some.batch))
+            share = some.batch.outputs(stream.positions) / stream.outputs
             here = {name: value.detach()[rows].requires_grad_() for name, value in z.items()}
             lower = {name: lower_leaky(value).detach().requires_grad_() for name, value in here.items()}
             original = some.logits.to(next(iter(z.values())).dtype).log_softmax(-1)
             for _, group in itertools.groupby(self._variants(routes, lower), lambda variant: d.first_layer(variant.masks)):
-                while lot := list(itertools.islice(group, max(1, self.tokens_per_pass // some.tokens.numel()))):
+                while lot := list(itertools.islice(group, max(1, self.tokens_per_pass // some.batch.ids.numel()))):
                     with self._autocast():
-                        masked = d.run_many(some, [variant.masks for variant in lot], positions, delta)
-                    divergence = kl_from(original, masked).flatten(1).mean(1) * (len(some.tokens) / batch)
+                        masked = d.run_many(some, [variant.masks for variant in lot], stream.positions, float(stream.background))
+                    divergence = some.batch.mean(kl_from(original, masked), stream.positions) * share
                     (divergence * divergence.new_tensor([weights[v.loss] * v.share for v in lot])).sum().backward()
                     for variant, value in zip(lot, divergence.detach()):
                         losses[variant.loss] = losses.get(variant.loss, 0.0) + variant.share * value
@@ -417,7 +440,7 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def _with_room(self, tokens: Tensor, work: Callable[[], Any]) -> Any:
+    def _with_room(self, tokens: Batch, work: Callable[[], Any]) -> Any:
         """`work`, again with half the tokens per pass where memory runs out."""
         before = self.draw.generator.get_state(), self.shared.get_state()
         while True:
@@ -426,7 +449,7 @@ class Trainer:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                fewer = min(self.tokens_per_pass, tokens.numel()) // 2
+                fewer = min(self.tokens_per_pass, tokens.ids.numel()) // 2
                 if fewer < tokens.shape[1]:
                     raise SPDError(f"step {self.decomposition.steps_done + 1}: not even one sequence of {tokens.shape[1]} tokens fits into memory "
                                    f"({error}). Give shorter sequences, fewer subcomponents, or a smaller batch_size.") from error  # fmt: skip
@@ -559,7 +582,7 @@ def _teach(trainer: Trainer, said: set[str]) -> None:
                 _warn(d, advice, 5)
 
 
-def _teach_at_the_end(trainer: Trainer, example: Tensor) -> None:
+def _teach_at_the_end(trainer: Trainer, example: Batch) -> None:
     """Warn of everything that is amiss on a few sequences, no more of them than a pass of the training held. Trials are not lectured."""
     d = trainer.decomposition
     if d.steps_done < SETTLED:

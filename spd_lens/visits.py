@@ -11,6 +11,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import update_wrapper
 from typing import Any
 
 import torch
@@ -251,6 +252,35 @@ class _Arrive:
                     order.move_to_end(key)
 
 
+class Overheard:
+    """While it lasts, what a model's `forward` is called with is told to `hear` before each call, and None after it. An object and no closure:
+    a copy of the model has a copy of it, which `unwatch` finds."""
+
+    def __init__(self, model: nn.Module, hear: Callable[[tuple[tuple, dict] | None], Any]):
+        self.model, self.hear, self.before, self.forward = model, hear, model.__dict__.get("forward"), model.forward
+        update_wrapper(self, self.forward)
+
+    def __enter__(self) -> "Overheard":
+        self.model.__dict__["forward"] = self
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
+
+    def end(self) -> None:
+        if self.model.__dict__.get("forward") is self:
+            del self.model.__dict__["forward"]
+            if self.before is not None:
+                self.model.__dict__["forward"] = self.before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.hear((args, kwargs))
+        try:
+            return self.forward(*args, **kwargs)
+        finally:
+            self.hear(None)
+
+
 def disarm(hooks: Iterable[Hook]) -> None:
     """Take back what a forward pass has left that was broken off between a block's entry and its end."""
     for _, function in hooks:
@@ -261,5 +291,5 @@ def disarm(hooks: Iterable[Hook]) -> None:
 def unwatch(model: nn.Module) -> None:
     """Take back every watch of a model, whosever: of a copy, which nobody waits for."""
     for module in model.modules():
-        while isinstance(watch := module.__dict__.get("forward"), _Watch):
+        while isinstance(watch := module.__dict__.get("forward"), (_Watch, Overheard)):
             watch.end()

@@ -340,3 +340,27 @@ def test_bad_input(tokens):
     with pytest.raises(SPDError, match="decomposition is on meta"), d.attached():
         pass
     assert hook_state(d.model) == state
+
+
+@pytest.mark.parametrize("name", [n for n in ("HT-standard", "Bridge-gpt2") if n in zoo.ALL])
+def test_a_copy_that_is_made_while_attached_computes_with_its_own_weights(name):
+    d, tokens = scrambled(name), zoo.tokens()
+    site = next(iter(d.sites))
+    with d.attached():
+        edited = d.edited_model({site: [0, 1]})
+    assert "forward" not in vars(edited) and "forward" not in vars(d.model)
+    wanted = d.model.run_with_hooks(tokens, fwd_hooks=d.ablate({site: [0, 1]}))
+    assert torch.allclose(edited(tokens), wanted, atol=1e-4) and not torch.allclose(wanted, d.model(tokens), atol=1e-3)
+
+
+def test_the_same_masks_mean_the_same_logits():
+    d, tokens = scrambled(BOTH[0]), zoo.tokens()
+    half = {site: torch.full((), 0.5) for site in d.sites}
+    for delta in ((), (0.25,)):
+        wanted = d.run(tokens, half, *delta)
+        with d.attached(half, *delta) as model:
+            assert torch.allclose(model(tokens), wanted, atol=1e-5)
+        assert torch.allclose(d.run_with_cache(tokens, half, *delta)[0], wanted, atol=1e-5)
+        assert torch.allclose(d.model.run_with_hooks(tokens, fwd_hooks=d.hooks(half, *delta)), wanted, atol=1e-5)
+    ones = {site: torch.ones(()) for site in d.sites}
+    assert torch.allclose(d.run_with_cache(tokens, delta=0.25)[0], d.run(tokens, ones, 0.25), atol=1e-5)

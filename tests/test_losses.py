@@ -8,7 +8,6 @@ from spd_lens.components import Components
 from spd_lens.importance import upper_leaky
 from spd_lens.losses import EPSILON, LOSSES, Pass, Reconstruction, faithfulness, frequency, kl_divergence, mean_power, minimality, price
 from spd_lens.sites import Site
-from spd_lens.suffix import compared
 
 
 def make_pass(power=0.5, output_positions="last"):
@@ -69,12 +68,6 @@ def test_kl_is_in_nats_from_the_original():
     expected = 0.75 * torch.log(torch.tensor(1.5)) + 0.25 * torch.log(torch.tensor(0.5))
     assert torch.allclose(kl_divergence(original, masked), expected)
     assert torch.allclose(kl_divergence(original + 3.0, masked - 2.0), expected)
-
-
-def test_compared_positions():
-    logits = torch.randn(2, 5, 7)
-    assert compared(logits, "all").shape == (2, 5, 7)
-    assert torch.equal(compared(logits, "last"), logits[:, 4:])
 
 
 def test_the_registry_holds_what_the_papers_name():

@@ -24,6 +24,7 @@ from spd_lens.metrics import census, verify
 from spd_lens.patching import cut_costs
 from spd_lens.report.page import REPORT_BYTES, Cards, Section, page
 from spd_lens.storage import check_writable, write_text
+from spd_lens.tokens import Batch
 
 TITLE = "A model in rank-one subcomponents"
 MOST = 500  # cards
@@ -42,13 +43,14 @@ def write_report(
     title: str = TITLE,
     most: int = MOST,
     progress: bool = True,
+    attention_mask: Any = None,
 ) -> Path:
     """Write one self-contained HTML page about a decomposition; it opens without a network.
 
     Args:
         d: the decomposition.
-        tokens: `[N, s]`, or text where the model has a tokenizer: of the kind that it was learnt on; a few hundred sequences. What is active on
-            them is counted, cut and described.
+        tokens, attention_mask: `[N, s]`, as `spd_lens.tokens.take_in` takes them: of the kind that it was learnt on; a few hundred sequences. What
+            is active on them is counted, cut and described.
         path: the file to write.
         prompt: `[1, s]` or a text, whose circuit is drawn; None: the first of the tokens, up to 64 of it.
         answer: the token whose logit at the prompt's end the circuit is of; None: the model's own first choice.
@@ -64,7 +66,7 @@ def write_report(
     if most < 1:
         raise SPDError(f"most was given as {most}; it is a number of cards, at least 1.")
     check_writable(path.parent, REPORT_BYTES)
-    write_text(path, decomposition_page(d, tokens, prompt, answer, contexts, title, most, progress))
+    write_text(path, decomposition_page(d, tokens, prompt, answer, contexts, title, most, progress, attention_mask))
     return path
 
 
@@ -77,16 +79,18 @@ def decomposition_page(
     title: str = TITLE,
     most: int = MOST,
     progress: bool = False,
+    attention_mask: Any = None,
 ) -> str:
     """The page that `write_report` writes; arguments as there."""
-    tokens = d.tokens(tokens)
-    prompt = tokens[:1, :PROMPT] if prompt is None else d.tokens(prompt)
+    tokens = d.batch(tokens, attention_mask)
+    prompt = tokens.alone(most=PROMPT) if prompt is None else d.batch(prompt)
     if len(prompt) != 1:
         raise SPDError(f"{len(prompt)} prompts were given; the circuit is drawn of one, [1, s].")
+    prompt = prompt.alone()
     counted, checked = census(d, tokens), verify(d, tokens)
     sections: list[Section] = [(f"Warning: {advice.kind}", str(advice), None) for advice in advise(d, tokens, counted, checked)]
     sections += [
-        ("Can the count be trusted?", f"KL(original ‖ masked) in nats per output, without the delta, on {len(tokens)} sequences of {tokens.shape[1]} tokens. Hard "
+        ("Can the count be trusted?", f"KL(original ‖ masked) in nats per output, without the delta, on {_many(tokens)}. Hard "
          "keeps exactly the active subcomponents (g > 0.5); alive-only keeps the ever-active ones everywhere; the adversary gives each inactive one its worst "
          "value. What is not survived is not explained.", checked.table().map("{:.1e}".format)),
         ("Active subcomponents", f"Mean number active per position, distinct ones that are ever active ({counted.total} in all), and how many there are. Read "
@@ -94,12 +98,12 @@ def decomposition_page(
         _circuit(d, prompt, answer),
         subcomponents(d, tokens, contexts, most, progress),
     ]  # fmt: skip
-    seen, names = d.importances(prompt), short_names(d.sites)
-    labels = token_labels(d.model, prompt[0])
+    seen, names = d.look(prompt).importances, short_names(d.sites)
+    labels = token_labels(d.model, prompt.ids[0])
     sections.append(("Where they are active", "How many subcomponents of each matrix are active at each token of the prompt.",
                      viz.active_by_layer(seen, labels, checked.beside_a_count, names)))  # fmt: skip
     sections += attention(d, prompt)
-    some = d.importances(tokens[:64])
+    some = {name: tokens[:64].rows(g)[None] for name, g in d.look(tokens[:64]).importances.items()}
     sections += [
         ("How clear the choice is", "Importance of all subcomponents at all positions of up to 64 sequences: what lies between 0 and 1 is neither in nor out.",
          viz.importance_density(some)),
@@ -113,10 +117,16 @@ def decomposition_page(
     return page(title, lead, sections)
 
 
+def _many(batch: Batch) -> str:
+    if batch.lengths is None:
+        return f"{len(batch)} sequences of {batch.shape[1]} tokens"
+    return f"{len(batch)} sequences of {int(batch.lengths.min())} to {int(batch.lengths.max())} tokens"
+
+
 def subcomponents(d: Decomposition, tokens: Any, contexts: Any = None, most: int = MOST, progress: bool = False) -> Section:
     """The index of those that are ever active on these tokens; of more than `most` those that are active most often. Contexts are looked for in
     `contexts` (None: the tokens)."""
-    tokens = d.tokens(tokens)
+    tokens = d.batch(tokens)
     times = {name: found.tolist() for name, found in times_active(d, tokens).items()}
     alive = {name: [c for c, n in enumerate(found) if n] for name, found in times.items()}
     total = sum(map(len, alive.values()))
@@ -147,10 +157,10 @@ def settings(config: SPDConfig) -> pd.DataFrame:
     return pd.DataFrame({"value": {key: str(value) for key, value in config.to_json().items()}}).rename_axis("setting")
 
 
-def _circuit(d: Decomposition, prompt: Any, answer: int | None) -> Section:
+def _circuit(d: Decomposition, prompt: Batch, answer: int | None) -> Section:
     if answer is None:
         with torch.no_grad():
-            answer = int(d.model(prompt, return_type="logits")[0, -1].argmax())
+            answer = int(d.model(prompt.ids, return_type="logits")[0, -1].argmax())
     heading = "The circuit of one prompt"
     try:
         graph = circuit_graph(d, prompt, answer_logit(answer))
