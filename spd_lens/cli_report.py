@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from spd_lens.decomposition import Decomposition
@@ -18,6 +17,7 @@ from spd_lens.report.model import MOST
 from spd_lens.storage import check_writable, write_text
 from spd_lens.tasks import athletes, entangled, facts, fruits, induction
 from spd_lens.tasks.language import packed
+from spd_lens.tokens import Batch
 
 ABOUT = """One self-contained page about a saved decomposition: whether its count can be trusted, the circuit of a prompt, and every active
 subcomponent with a card (what it reads and writes, where, its partners). It opens without a network.
@@ -139,7 +139,7 @@ def _asked(setting: Any) -> dict[str, Any]:
     return {"tokens": prompts, "prompt": first.tokens, "answer": int(first.answers[0]), "contexts": behind(prompts, setting.text)}
 
 
-def _rows(model: Any, options: argparse.Namespace) -> torch.Tensor:
+def _rows(model: Any, options: argparse.Namespace) -> Batch:
     if options.text is None:
         raise SPDError("no text was given; give a file with text of the kind that the decomposition was learnt on with --text.")
     try:
@@ -152,7 +152,7 @@ def _rows(model: Any, options: argparse.Namespace) -> torch.Tensor:
     rows = packed(model.tokenizer, [part for part in text.split("\n\n") if part.strip()], length)
     if not len(rows):
         raise SPDError(f"{options.text} holds fewer than {length} tokens, not one row; give more text, or a smaller --length.")
-    return rows[: options.sequences or SEQUENCES]
+    return Batch(rows[: options.sequences or SEQUENCES])  # whole rows: none ends with padding
 
 
 def _token(model: Any, text: str) -> int:

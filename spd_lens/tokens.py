@@ -199,7 +199,8 @@ def take_in(model: Any, tokens: TokensLike, attention_mask: Any = None, **option
     if isinstance(tokens, Batch):
         if attention_mask is not None:
             raise SPDError("a Batch knows its padding; give its attention_mask where the batch is made.")
-        return tokens
+        _checked_ids(model, tokens.ids)
+        return tokens.to(model_device(model))
     if isinstance(tokens, Mapping):
         tokens, attention_mask = _of_mapping(tokens, attention_mask)
     if is_text(tokens):

@@ -15,6 +15,7 @@ from spd_lens.report.page import Section, page
 from spd_lens.tasks.entangled import Outcome as Entangled
 from spd_lens.tasks.facts import Outcome as Facts
 from spd_lens.tasks.induction import PAPER, Outcome, Sequences
+from spd_lens.tokens import Batch
 
 CONTEXTS = 256  # sequences in which the subcomponents of the induction circuit are looked at
 
@@ -118,10 +119,10 @@ def induction_page(outcome: Outcome) -> str:
     return page("The induction circuit in rank-one subcomponents", lead, sections)
 
 
-def behind(prompts: Int[Tensor, "N s"], text: Int[Tensor, "K t"]) -> Int[Tensor, "M t"]:
-    """Where contexts are looked for: the prompts, each with text behind it, and more text."""
+def behind(prompts: Int[Tensor, "N s"], text: Int[Tensor, "K t"]) -> Batch:
+    """Where contexts are looked for: the prompts, each with text behind it, and more text. Whole rows: none ends with padding."""
     rest = text[: len(prompts), : text.shape[1] - prompts.shape[1]]
-    return torch.cat([torch.cat([prompts[: len(rest)], rest], 1), text])
+    return Batch(torch.cat([torch.cat([prompts[: len(rest)], rest], 1), text]))
 
 
 def _example(found: Sequences) -> tuple[Int[Tensor, "1 s"], int]:

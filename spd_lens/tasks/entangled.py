@@ -39,6 +39,7 @@ from spd_lens.tasks.fruits import (
 from spd_lens.tasks.language import packed
 from spd_lens.tasks.questions import Drift, Questions, drift
 from spd_lens.tasks.surgery import Guard, One, active_on, choose_cut, grouped
+from spd_lens.tokens import Batch
 from spd_lens.training import decompose
 
 PAIR: Pair = ("red", "apple")
@@ -238,7 +239,7 @@ def run(
     prompts = s.together.tokens
     if learnt is None:
         say(f"decomposing every matrix on {len(prompts)} prompts, {config.steps} steps …")
-    d = learnt or decompose(model, prompts, config, background=s.background, progress=progress, **options)
+    d = learnt or decompose(model, prompts, config, background=Batch(s.background), progress=progress, **options)
     trained = time.perf_counter()
     say("choosing what to cut …")
     active = {concept: active_on(d, asked.tokens) for concept, asked in s.asked.items()}

@@ -32,6 +32,7 @@ from spd_lens.tasks.athletes import INVERSE, PHRASINGS, all_athletes, documents,
 from spd_lens.tasks.language import packed
 from spd_lens.tasks.questions import Drift, Questions, drift
 from spd_lens.tasks.surgery import Guard, One, Pair, active_on, choose_cut, choose_swap, first_by_attribution, grouped
+from spd_lens.tokens import Batch
 from spd_lens.training import decompose
 
 CONCEPTS = {"golf": "Tiger Woods", "basketball": "Kobe Bryant"}
@@ -381,7 +382,7 @@ def run(
     s, clock = setting(model, config.seed, whole), time.perf_counter()
     if learnt is None:
         say(f"decomposing every matrix on {len(s.prompts)} prompts, {config.steps} steps …")
-    d = learnt or decompose(model, s.prompts, config, background=s.background, progress=progress, **options)
+    d = learnt or decompose(model, s.prompts, config, background=Batch(s.background), progress=progress, **options)
     trained = time.perf_counter()
     say("choosing what to cut and to exchange …")
     cuts = {concept: suppressed(s, d, concept) for concept in s.asked}
@@ -394,7 +395,7 @@ def run(
     own = baselines(s, d, cuts, config, progress)
     measured = time.perf_counter()
     counted = census(d, s.prompts)
-    on_background = census(d, s.text)
+    on_background = census(d, Batch(s.text))
     return Outcome(
         setting=s, decomposition=d, seed=config.seed, whole=whole, verification=verify(d, s.prompts),
         active={d.sites[name].short: many for name, many in counted.distinct.items()},
@@ -461,7 +462,7 @@ def describe(s: Setting, d: Decomposition, concept: str, chosen: Sequence[One]) 
     log-probability at the concept's prompt when it alone is cut, measured.
     """
     texts = [s.prompts, s.text]
-    inner = [d.observe(text).inner for text in texts]
+    inner = [d.look(text).inner for text in texts]
     before = s.asked[concept].log_p(s.model)[0]
     rows = []
     for name, c in chosen:
