@@ -439,8 +439,8 @@ class Decomposition(Tabular):
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
 
-    def _forward(self, batch: Batch, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
-        reached = set()
+    def _forward(self, tokens: Batch | Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
+        batch, reached = Batch.of(tokens), set()
 
         def noting(name: str) -> Rewrite:
             def rewrite(passage: Passage) -> Tensor | None:
