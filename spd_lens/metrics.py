@@ -7,6 +7,7 @@ count is shown without `verify` beside it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -15,10 +16,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from spd_lens import masks
-from spd_lens.decomposition import Decomposition
+from spd_lens.decomposition import Decomposition, TokensLike
 from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
 from spd_lens.losses import kl_divergence, mean_squared_delta
+from spd_lens.schema import brief, plain
 from spd_lens.suffix import compared, rows_at_once
 from spd_lens.tables import Shown, Tabular
 
@@ -64,23 +66,24 @@ class Census(Tabular):
 
 def census(
     decomposition: Decomposition,
-    tokens: Tensor,
-    positions: Mapping[str, Int[Tensor, " b"]] | None = None,
-    threshold: float = masks.THRESHOLD,
+    tokens: TokensLike,
+    positions: Any = None,
+    threshold: float | int = masks.THRESHOLD,
 ) -> Census:
     """Count active subcomponents (arXiv 2511.08854, Table 1).
 
     Args:
         tokens: `[b, s]`.
-        positions: label → index `[b]` of one position in each sequence.
+        positions: label → one position in each sequence: a whole number, which is meant in every sequence, or `[b]` of them. Negative ones
+            count from the end.
         threshold: a subcomponent is active where its importance is above this.
     """
+    if not 0 <= threshold < 1:
+        raise SPDError(f"threshold was given as {threshold!r}; importances lie in 0 … 1, so it has to be at least 0 and below 1.")
+    if not isinstance(positions, Mapping | None):
+        raise SPDError(f"positions were given as {brief(positions)}; give a mapping from a label to positions, e.g. {{'last': -1}}.")
     tokens = decomposition.tokens(tokens)
-    positions = positions or {}
-    for label, index in positions.items():
-        if index.shape != (len(tokens),) or int(index.min()) < 0 or int(index.max()) >= tokens.shape[1]:
-            raise SPDError(f"positions[{label!r}] has shape {list(index.shape)} and runs from {int(index.min())} to {int(index.max())}; "
-                           f"it has to hold one position 0 … {tokens.shape[1] - 1} for each of the {len(tokens)} sequences.")  # fmt: skip
+    positions = {label: position_of_each(label, index, tokens) for label, index in (positions or {}).items()}
     number: dict[str, list[Tensor]] = {name: [] for name in decomposition.sites}
     alive = {name: torch.zeros(c.C, dtype=torch.bool, device=c.V.device) for name, c in decomposition.components.items()}
     for batch in tokens.split(rows_at_once(decomposition.model, tokens.shape[1], TOGETHER)):
@@ -90,9 +93,20 @@ def census(
     rows, mean_active = torch.arange(len(tokens), device=tokens.device), {}
     for name, parts in number.items():
         active = torch.cat(parts)
-        means = {label: float(active[rows, index.to(tokens.device)].mean()) for label, index in positions.items()}
+        means = {label: float(active[rows, index].mean()) for label, index in positions.items()}
         mean_active[name] = {**means, "all": float(active.mean())}
     return Census(mean_active, alive, threshold)
+
+
+def position_of_each(label: str, given: Any, tokens: Int[Tensor, "b s"]) -> Int[Tensor, " b"]:
+    """One position, from 0, in each sequence: from a whole number for all of them, or from one for each; negative ones from the end."""
+    given = plain(given)
+    b, s = tokens.shape
+    index = given if isinstance(given, (list, tuple)) else [given] * b
+    if len(index) != b or not all(type(n) is int and -s <= n < s for n in index):
+        raise SPDError(f"positions[{label!r}] was given as {brief(given)}; give one position 0 … {s - 1} (negative: from the end) for all sequences, or "
+                       f"one for each of the {b} sequences.")  # fmt: skip
+    return torch.tensor([n % s for n in index], device=tokens.device)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,7 +173,7 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
          "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
-def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int | None = None) -> Verification:
+def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: Any = None) -> Verification:
     """Cut a decomposition in every way that its count of active subcomponents promises to survive.
 
     Args:
@@ -167,6 +181,8 @@ def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_si
         seed: of the stochastic masks and the adversary's start.
         batch_size: sequences run at once (None: what memory is likely to hold); the figures are those of all of them together.
     """
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        raise SPDError(f"batch_size was given as {brief(batch_size)}; it is a number of sequences, at least 1, or None.")
     tokens = decomposition.tokens(tokens)
     batches = tokens.split(batch_size or rows_at_once(decomposition.model, tokens.shape[1], TOGETHER))
     draw = masks.Draw(torch.Generator(tokens.device).manual_seed(seed), kind="uniform")
