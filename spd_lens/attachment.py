@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from spd_lens.components import Components, masked_output
+from spd_lens.components import Components, check_delta, check_mask, masked_output
 from spd_lens.errors import SPDError
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.sites import Hook, Passage, Rewrite, Site, hook_registries, writes_to
@@ -203,8 +203,11 @@ class Attachment:
         components, site, gradients = self.components[name], self.sites[name], torch.is_grad_enabled()
         acts_point, importance_point = self.points[f"{name}.{ACTS}"], self.points[f"{name}.{IMPORTANCE}"]
         heard, masked = (_listened_to(acts_point), _listened_to(importance_point)), name in masks
+        if masked:
+            check_mask(name, masks[name], components.C, passage.x.shape[:2])
+            check_delta(delta, passage.x.shape[:2])
         if not any(heard):
-            return masked_output(components, site, passage, masks[name], delta) if masked else None
+            return masked_output(components, site, passage, masks[name].to(passage.x.device), delta) if masked else None
         V, U = components.V.detach(), components.U.detach()
         x = passage.x.detach()
         inner = (passage.x @ V).requires_grad_(gradients)  # also of a frozen model

@@ -5,14 +5,19 @@
 3. delta              `δ · x·(W - V·U)`, so that every mask at 1 with δ = 1 is exactly the original.
 """
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
+from spd_lens.schema import brief
 from spd_lens.sites import Passage, Site
 
 DAMPING = 1e-3  # of a factor's mean eigenvalue: directions that the sample did not show are not free
@@ -73,6 +78,41 @@ def masked_output(
     if isinstance(delta, Tensor) or delta != 0:
         output = output + delta * (x @ components.delta(site.weight))
     return passage.biased(output)
+
+
+def check_mask(name: str, mask: Any, C: int, batch: Sequence[int] | None = None) -> None:
+    """Refuse a mask that does not broadcast to `[b, s, C]`, or may be meant in two ways.
+
+    Args:
+        batch: (b, s) where they are known.
+    """
+    shape = [None, None, C] if batch is None else [*batch, C]
+    fits = isinstance(mask, Tensor) and mask.ndim <= 3 and not mask.is_complex()
+    fits = fits and all(size in (1, full) or full is None for size, full in zip(reversed(mask.shape), reversed(shape)))
+    two = isinstance(mask, Tensor) and mask.ndim == 2
+    if not fits:
+        given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        given += " of complex numbers" if isinstance(mask, Tensor) and mask.is_complex() else ""
+        known = "" if batch is None else f" = {shape}"
+        hint = " Of one row a sequence give mask[:, None, :]." if two else ""
+        raise SPDError(f"{name}: the mask has {given}; it has to be a tensor that broadcasts to [b, s, {C}]{known}.{hint}")
+    if batch is not None and two and mask.shape[0] == batch[0] == batch[1] != 1:
+        raise SPDError(f"{name}: the mask has shape {list(mask.shape)} and the tokens {list(batch)}, so its rows may be sequences or positions; "
+                       "give mask[:, None, :] for one row a sequence, mask[None] for one a position.")  # fmt: skip
+
+
+def check_delta(delta: Any, batch: Sequence[int] | None = None) -> None:
+    """Refuse what is neither a finite number nor a tensor that broadcasts to `[b, s, 1]`."""
+    shape = [None, None, 1] if batch is None else [*batch, 1]
+    if isinstance(delta, Tensor):
+        fits = delta.ndim <= 3 and all(size in (1, full) or full is None for size, full in zip(reversed(delta.shape), reversed(shape)))
+    else:
+        fits = isinstance(delta, Real) and math.isfinite(delta)
+    if not fits:
+        given = f"a tensor {list(delta.shape)}" if isinstance(delta, Tensor) else brief(delta)
+        raise SPDError(
+            f"delta was given as {given}; give a finite number, or a tensor that broadcasts to [b, s, 1], e.g. values[:, None, None]."
+        )
 
 
 Factors = tuple[Float[Tensor, "d_in d_in"], Float[Tensor, "d_out d_out"]]

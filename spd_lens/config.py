@@ -4,16 +4,17 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from spd_lens.errors import SPDError, nearest
-from spd_lens.schema import Count, Natural, brief, check
+from spd_lens.schema import Count, Natural, brief, check, plain
 
 Importance = Literal["attention", "vector", "scalar"]
 Initialisation = Literal["fisher", "svd", "random"]
 Positions = Literal["all", "last"]
 MaskKind = Literal["mixed", "uniform"]
 Precision = Literal["float32", "bfloat16"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Schedule:
     @classmethod
     def of(cls, value: Any) -> "Schedule":
         """From a number, (fraction, value) pairs, or what a Schedule was in JSON; a Schedule stays what it is."""
+        value = plain(value)
         if isinstance(value, Schedule):
             return value
         if isinstance(value, Mapping):
@@ -83,9 +85,22 @@ DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
 }
 
 
+class _Checked(type):
+    """What a dataclass is given is made plain, and checked, before it is made."""
+
+    def __call__(cls: type[T], *args: Any, **given: Any) -> T:
+        kinds = {f.name: f.type for f in fields(cls)}  # pyright: ignore
+        for name, value in given.items():
+            if name not in kinds:
+                raise SPDError(f"{cls.__name__} has no {brief(name)}; {nearest(name, kinds)}.")
+            given[name] = plain(value)
+            check(name, given[name], kinds[name])
+        return type.__call__(cls, *args, **given)
+
+
 @dataclass(frozen=True, kw_only=True)
-class SPDConfig:
-    """How to decompose. Every number with a schedule is a number or (fraction of training, value) pairs.
+class SPDConfig(metaclass=_Checked):
+    """How to decompose. Every number with a schedule is a number or (fraction of training, value) pairs. Numbers may be numpy's or torch's.
 
     Attributes:
         sites: glob patterns of the matrices to decompose, by TransformerLens' own names; `*` is all of them.
@@ -145,14 +160,6 @@ class SPDConfig:
     precision: Precision | str = "float32"
     tokens_per_pass: Count | None = None
 
-    def __new__(cls, *args: Any, **given: Any) -> "SPDConfig":
-        kinds = {f.name: f.type for f in fields(cls)}
-        for name, value in given.items():
-            if name not in kinds:
-                raise SPDError(f"SPDConfig has no {brief(name)}; {nearest(name, kinds)}.")
-            check(name, value, kinds[name])
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         keep = object.__setattr__
         keep(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
@@ -172,6 +179,10 @@ class SPDConfig:
             given = getattr(self, name)
             if given not in get_args(kind):
                 raise SPDError(f"{name} was given as {brief(given)}; {nearest(given, get_args(kind))}.")
+        rates = {"learning_rate": self.learning_rate, "minimality_power": self.minimality_power}
+        for name, schedule in {**rates, **{f"the weight of {loss}": weight for loss, weight in self.weights.items()}}.items():
+            if any(value < 0 for _, value in schedule.points):  # it would climb
+                raise SPDError(f"{name} was given as {brief(schedule.points)}; no value of it may be below 0.")
         if not all(0 <= at < 1 for at in self.retire_at):
             raise SPDError(f"retire_at was given as {brief(self.retire_at)}; its fractions of training have to lie in 0 … 1, 1 left out.")
         if self.retire_tolerance < 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from spd_lens.attachment import Attachment, guarded, rewritten
-from spd_lens.components import Components, masked_output
+from spd_lens.components import Components, check_delta, check_mask, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
@@ -154,11 +154,15 @@ class Decomposition(Tabular):
 
         Args:
             tokens, attention_mask: as in `observe`.
-            masks: site → tensor that broadcasts to `[b, s, C]`; sites not named stay as they are.
+            masks: site → tensor that broadcasts to `[b, s, C]`; sites not named stay as they are. `[n, C]` is a mask for each position, and
+                refused where it could be one for each sequence as well.
             delta: how much of `W - V·U` is added back; with all masks 1 and delta 1 the result is the original.
+
+        Raises:
+            SPDError: an unknown site; a mask of another shape, or not finite.
         """
         batch = self.batch(tokens, attention_mask)
-        self.check_masks(masks)
+        self.check_masks(masks, delta, batch.shape)
         masks = {name: batch.aligned(mask) for name, mask in masks.items()}
         delta = batch.aligned(delta) if isinstance(delta, Tensor) else delta
         return batch.given(self.masked(batch, masks, delta))
@@ -167,7 +171,7 @@ class Decomposition(Tabular):
         self, tokens: Batch | Tensor, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0
     ) -> Float[Tensor, "b s vocabulary"]:
         """`run` in the layout of a `Batch`: every sequence begins at position 0."""
-        return self._forward(Batch.of(tokens), self._replacements(masks, delta), replacing=masks)
+        return self._forward(tokens, self._replacements(masks, delta), replacing=masks)
 
     def run_many(
         self, clean: Trace, variants: Sequence[Mapping[str, Tensor]], positions: str = "all", delta: float | int = 0.0
@@ -251,7 +255,7 @@ class Decomposition(Tabular):
         delta = float(masks is None) if delta is None else delta
         if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
             masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
-        self.check_masks(masks or {})
+        self.check_masks({} if masks is None else masks, delta)
         if self._attachment is not None:
             with self._attachment.set_to(masks, delta):
                 yield self.model
@@ -280,6 +284,7 @@ class Decomposition(Tabular):
         """
         texts = {key: options[key] for key in TEXT_OPTIONS if key in options}
         batch = self.batch(tokens, attention_mask, **texts)
+        self.check_masks({} if masks is None else masks, 0.0 if delta is None else delta, batch.shape)
         given = tokens if is_text(tokens) else batch.given(batch.ids)  # of texts the model itself makes tokens, as it does without us
         options = options if is_text(tokens) else {**batch.given_arguments, **options}
         with self.attached(masks, delta):
@@ -417,19 +422,30 @@ class Decomposition(Tabular):
         if name not in self.sites:
             raise SPDError(f"{name!r} is not decomposed here; {nearest(name, self.sites)}.")
 
-    def check_masks(self, masks: Mapping[str, Tensor]) -> None:
+    def check_masks(self, masks: Any, delta: Any, batch: Sequence[int] | None = None) -> None:
+        """Before a pass over tokens of this shape (None: where that is not known yet)."""
+        if not isinstance(masks, Mapping):
+            raise SPDError(f"masks were given as {type(masks).__name__}; give a mapping from a site's name to its mask, e.g. "
+                           "{'blocks.0.attn.W_Q': torch.ones(())}.")  # fmt: skip
+        check_delta(delta, batch)
         for name, mask in masks.items():
             self._check_site(name)
-            C = self.components[name].C
-            if not isinstance(mask, Tensor) or (mask.ndim and mask.shape[-1] not in (1, C)) or mask.ndim > 3:
-                given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-                raise SPDError(f"{name}: the mask has {given}; it has to be a tensor that broadcasts to [b, s, {C}].")
+            check_mask(name, mask, self.components[name].C, batch)
+            if not all_finite(mask):
+                raise SPDError(f"{name}: the mask holds NaN or infinite values; masks are finite numbers, 0 for off and 1 for on.")
 
-    def _replacements(self, masks: Mapping[str, Tensor], delta: float | int | Tensor) -> dict[str, Rewrite]:
+    def _replacements(
+        self, masks: Mapping[str, Tensor], delta: float | int | Tensor, batch: Sequence[int] | None = None
+    ) -> dict[str, Rewrite]:
         def replace(name: str, mask: Tensor) -> Rewrite:
-            return lambda passage: masked_output(self.components[name], self.sites[name], passage, mask, delta)
+            def rewrite(passage: Passage) -> Tensor:
+                check_mask(name, mask, self.components[name].C, passage.x.shape[:2])
+                check_delta(delta, passage.x.shape[:2])
+                return masked_output(self.components[name], self.sites[name], passage, mask.to(passage.x.device), delta)
 
-        self.check_masks(masks)
+            return rewrite
+
+        self.check_masks(masks, delta, batch)
         return {name: replace(name, mask) for name, mask in masks.items()}
 
     def _check_device(self) -> None:
@@ -472,3 +488,11 @@ class Decomposition(Tabular):
         """Share of a matrix's squared norm that V·U leaves: `‖W - V·U‖²/‖W‖²`."""
         weight = self.sites[name].weight
         return float(self.components[name].delta(weight).square().sum() / weight.square().sum().clamp_min(1e-30))
+
+
+def all_finite(values: Tensor) -> bool:
+    """True where nobody can look at values, as inside of `torch.vmap`."""
+    try:
+        return bool(torch.isfinite(values).all())
+    except RuntimeError:
+        return True

@@ -7,6 +7,7 @@ count is shown without `verify` beside it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,7 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.guards import frozen
 from spd_lens.losses import kl_divergence, mean_squared_delta
+from spd_lens.schema import brief, plain
 from spd_lens.suffix import rows_at_once
 from spd_lens.tables import Shown, Tabular
 from spd_lens.tokens import Batch, TokensLike
@@ -66,30 +68,24 @@ class Census(Tabular):
 def census(
     decomposition: Decomposition,
     tokens: TokensLike,
-    positions: Mapping[str, Int[Tensor, " b"]] | None = None,
-    threshold: float = masks.THRESHOLD,
+    positions: Any = None,
+    threshold: float | int = masks.THRESHOLD,
     attention_mask: Any = None,
 ) -> Census:
     """Count active subcomponents (arXiv 2511.08854, Table 1). Padding is not counted.
 
     Args:
         tokens, attention_mask: `[b, s]`, as `spd_lens.tokens.take_in` takes them.
-        positions: label → index `[b]` of one position in each sequence.
+        positions: label → one position in each sequence: a whole number, which is meant in every sequence, or `[b]` of them. Negative ones
+            count from the end of each sequence, padding left out.
         threshold: a subcomponent is active where its importance is above this.
     """
+    if not 0 <= threshold < 1:
+        raise SPDError(f"threshold was given as {threshold!r}; importances lie in 0 … 1, so it has to be at least 0 and below 1.")
+    if not isinstance(positions, Mapping | None):
+        raise SPDError(f"positions were given as {brief(positions)}; give a mapping from a label to positions, e.g. {{'last': -1}}.")
     tokens = decomposition.batch(tokens, attention_mask)
-    positions = positions or {}
-    for label, index in positions.items():
-        if index.shape != (len(tokens),) or int(index.min()) < 0 or int(index.max()) >= tokens.shape[1]:
-            raise SPDError(f"positions[{label!r}] has shape {list(index.shape)} and runs from {int(index.min())} to {int(index.max())}; "
-                           f"it has to hold one position 0 … {tokens.shape[1] - 1} for each of the {len(tokens)} sequences.")  # fmt: skip
-    here = {label: tokens.position(index.to(tokens.device)) for label, index in positions.items()}
-    for label, index in here.items():
-        if len(padded := torch.nonzero((index < 0) | (index > tokens.last))):
-            n = int(padded[0])
-            raise SPDError(
-                f"positions[{label!r}] of sequence {n} is {int(positions[label][n])}, which is padding; give a position of one of its tokens."
-            )
+    positions = {label: position_of_each(label, index, tokens) for label, index in (positions or {}).items()}
     number: dict[str, list[Tensor]] = {name: [] for name in decomposition.sites}
     alive = {name: torch.zeros(c.C, dtype=torch.bool, device=c.V.device) for name, c in decomposition.components.items()}
     for batch in tokens.split(rows_at_once(decomposition.model, tokens.shape[1], TOGETHER)):
@@ -99,9 +95,25 @@ def census(
     rows, mean_active = torch.arange(len(tokens), device=tokens.device), {}
     for name, parts in number.items():
         active = torch.cat(parts)
-        means = {label: float(active[rows, index].mean()) for label, index in here.items()}
+        means = {label: float(active[rows, index].mean()) for label, index in positions.items()}
         mean_active[name] = {**means, "all": float(active.sum() / tokens.numel)}
     return Census(mean_active, alive, threshold)
+
+
+def position_of_each(label: str, given: Any, batch: Batch) -> Int[Tensor, " b"]:
+    """One position, from 0, in each sequence: from a whole number for all of them, or from one for each; negative ones from its end."""
+    given = plain(given)
+    b, s = batch.shape
+    index = given if isinstance(given, (list, tuple)) else [given] * b
+    if len(index) != b or not all(type(n) is int and -s <= n < s for n in index):
+        raise SPDError(f"positions[{label!r}] was given as {brief(given)}; give one position 0 … {s - 1} (negative: from the end) for all sequences, or "
+                       f"one for each of the {b} sequences.")  # fmt: skip
+    wanted = torch.tensor(index, device=batch.device)
+    here = torch.where(wanted < 0, batch.last + 1 + wanted, batch.position(wanted))
+    if len(padded := torch.nonzero((here < 0) | (here > batch.last)).flatten()):
+        n = int(padded[0])
+        raise SPDError(f"positions[{label!r}] of sequence {n} is {index[n]}, which is padding; give a position of one of its tokens.")
+    return here
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -169,7 +181,7 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
 
 
 def verify(
-    decomposition: Decomposition, tokens: TokensLike, seed: int = 0, batch_size: int | None = None, attention_mask: Any = None
+    decomposition: Decomposition, tokens: TokensLike, seed: int = 0, batch_size: Any = None, attention_mask: Any = None
 ) -> Verification:
     """Cut a decomposition in every way that its count of active subcomponents promises to survive.
 
@@ -179,6 +191,8 @@ def verify(
         seed: of the stochastic masks and the adversary's start.
         batch_size: sequences run at once (None: what memory is likely to hold); the figures are those of all of them together.
     """
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        raise SPDError(f"batch_size was given as {brief(batch_size)}; it is a number of sequences, at least 1, or None.")
     tokens, positions = decomposition.batch(tokens, attention_mask), decomposition.config.output_positions
     batches = tokens.split(batch_size or rows_at_once(decomposition.model, tokens.shape[1], TOGETHER))
     draw = masks.Draw(torch.Generator(tokens.device).manual_seed(seed), kind="uniform")

@@ -8,6 +8,9 @@ from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+import numpy as np
+import torch
+
 from spd_lens.errors import SPDError
 
 LARGEST = 1 << 53  # of whole numbers: every reader of JSON has them exactly so far
@@ -66,6 +69,20 @@ def check(where: str, given: Any, kind: Any) -> None:
         fits = kind is Any or isinstance(given, kind)
     if not fits:
         raise SPDError(f"{where} was given as {brief(given)}; it has to be {_named(kind)}.")
+
+
+def plain(given: Any) -> Any:
+    """numpy's and torch's numbers, arrays and devices as Python's own, also inside of lists and mappings; anything else as it is."""
+    match given:
+        case np.generic() | np.ndarray() | torch.Tensor():
+            return given.tolist()
+        case torch.device():
+            return str(given)
+        case list() | tuple():
+            return type(given)(map(plain, given)) if type(given) in (list, tuple) else given
+        case Mapping():
+            return {plain(name): plain(value) for name, value in given.items()}
+    return given
 
 
 def _passes(given: Any, kind: Any) -> bool:

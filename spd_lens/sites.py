@@ -8,6 +8,7 @@ A site's input is not at a hook in every case (HookedTransformer adds LayerNorm'
 inside the block). There it is taken from the arguments of the attention or MLP module.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.schema import brief
 from spd_lens.tables import Shown, Tabular
 
 try:
@@ -196,8 +198,8 @@ def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Sit
         `{name: Site}`.
 
     Raises:
-        SPDError: no site matches a pattern (the nearest names are listed), a pattern means a bias, or a matching matrix
-            cannot be served (the site and the reason are named).
+        SPDError: no site matches any of the patterns (the nearest names are listed), or a matching matrix cannot be served (the site
+            and the reason are named). A pattern that matches nothing where others match is a warning.
     """
     layout = layout_of(model)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
@@ -205,18 +207,26 @@ def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Sit
     if not patterns:
         raise SPDError(f"no pattern was given; {nearest('', available)}")
     for pattern in patterns:
-        if any(fnmatchcase(name, pattern) for name in available):
-            continue
-        biases = [name.replace(".W_", ".b_") for name in available]
-        if any(fnmatchcase(name, pattern) for name in biases):
-            raise SPDError(f"{pattern!r} names a bias; only weight matrices are decomposed, biases stay as they are. "
-                           f"Use {pattern.replace('b_', 'W_')!r} for the matrix.")  # fmt: skip
-        raise SPDError(f"no site matches {pattern!r}; {nearest(pattern.replace('*', '0'), available)}")
+        if not isinstance(pattern, str):
+            raise SPDError(f"a pattern was given as {brief(pattern)}; give text, e.g. 'blocks.*.attn.W_Q'.")
     chosen = [name for name in available if any(fnmatchcase(name, p) for p in patterns)]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in available):
+            if not chosen:
+                raise _nothing(pattern, available)
+            warnings.warn(f"{_nothing(pattern, available)} The other patterns match {len(chosen)} sites.", stacklevel=3)
     for name in chosen:
         if reason := layout.refusal(name):
             raise SPDError(f"{name} cannot be decomposed: {reason}")
     return {name: layout.site(name) for name in chosen}
+
+
+def _nothing(pattern: str, available: list[str]) -> SPDError:
+    """Why a pattern matches nothing."""
+    if any(fnmatchcase(name.replace(".W_", ".b_"), pattern) for name in available):
+        return SPDError(f"{pattern!r} names a bias; only weight matrices are decomposed, biases stay as they are. "
+                        f"Use {pattern.replace('b_', 'W_')!r} for the matrix.")  # fmt: skip
+    return SPDError(f"no site matches {pattern!r}; {nearest(pattern.replace('*', '0'), available)}.")
 
 
 @dataclass

@@ -305,6 +305,10 @@ def load_decomposition(folder: str | Path, model: Any) -> Decomposition:
         SPDError: a file is missing, cut short or not ours; the model lacks a site or has another shape (the leaf, the
             expected and the found shape are named); the folder was made from a model with other weights.
     """
+    if not isinstance(folder, (str, os.PathLike)) or isinstance(model, (str, os.PathLike)):
+        raise SPDError(
+            f"load was given a {type(folder).__name__} as the folder and a {type(model).__name__} as the model; it is load(folder, model)."
+        )
     folder = Path(folder)
     description = _read_description(folder / DESCRIPTION)
     described, available = description["sites"], site_names(model)

@@ -22,6 +22,7 @@ from spd_lens.sites import is_causal, model_device
 
 TokensLike = Any  # an integer tensor or array [b, s], a tokenizer's dict, a `Batch`; a text or several, where the model has a tokenizer
 
+IDS = ("input_ids", "tokens")  # what a mapping calls its token ids: the tokenizers, TransformerLens' `tokenize_and_concatenate`
 TEXT_OPTIONS = ("prepend_bos", "padding_side", "truncate")  # of the model's own to_tokens
 TOLERANCE = 1e-3  # of the logits' largest value, between a text alone and the same text padded
 PADS_RIGHT: WeakSet[nn.Module] = WeakSet()  # models that were seen to give a padded text what it gets alone
@@ -139,6 +140,10 @@ class Batch:
         length = self.shape[1] if self.lengths is None else int(self.lengths[row])
         return Batch(self.ids[row : row + 1, : min(length, most or length)])
 
+    def copy(self) -> "Batch":
+        """The same in memory of its own."""
+        return Batch(*(None if part is None else part.clone() for part in (self.ids, self.lengths, self.offsets)))  # pyright: ignore
+
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(None if part is None else part.to(device) for part in (self.ids, self.lengths, self.offsets)))  # pyright: ignore
 
@@ -230,9 +235,14 @@ def called_with(model: Any, args: Sequence[Any], arguments: Mapping[str, Any]) -
 
 
 def _of_mapping(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any]:
-    if "input_ids" not in given:
+    name = next((name for name in IDS if name in given), None)
+    if name is None:
         raise SPDError(f"tokens were given as a dict with {', '.join(map(str, given)) or 'nothing in it'}; it has to hold input_ids "
-                       "(and may hold an attention_mask), as a tokenizer returns it.")  # fmt: skip
+                       "(and may hold an attention_mask), as a tokenizer returns it. Of a DatasetDict give a split.")  # fmt: skip
+    ids = given[name]
+    if isinstance(ids, list) and ids and isinstance(ids[0], Tensor):
+        raise SPDError(f"{name} is a list of {len(ids)} tensors {list(ids[0].shape)}, as a DataLoader makes of a dataset without a format "
+                       "(columns, not rows); call dataset.set_format('torch') first.")  # fmt: skip
     if changing := [key for key in CHANGES_INPUTS if given.get(key) is not None]:
         raise SPDError(f"tokens were given as a dict with {', '.join(changing)}, which would change what the model reads; give input_ids and attention_mask alone.")  # fmt: skip
     kinds = given.get("token_type_ids")
@@ -240,8 +250,13 @@ def _of_mapping(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any
         raise SPDError(
             "tokens were given as a dict with token_type_ids of a second segment, which are not passed to the model; give one segment."
         )
-    mask = given.get("attention_mask")
-    return given["input_ids"], mask if attention_mask is None else attention_mask
+    mask = given.get("attention_mask") if attention_mask is None else attention_mask
+    if isinstance(ids, list) and ids and all(isinstance(row, list) and row for row in ids):  # as a tokenizer gives without return_tensors
+        rows = [torch.tensor(row) for row in ids]
+        if mask is None or len({len(row) for row in ids}) > 1:
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return ids, mask
 
 
 def _of_texts(model: Any, texts: str | Sequence[str], attention_mask: Any, options: Mapping[str, Any]) -> Batch:

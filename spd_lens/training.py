@@ -12,6 +12,7 @@ One step:
 import itertools
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -38,7 +40,7 @@ from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from, of_stream
 from spd_lens.ranks import ALONE, Ranks, join
 from spd_lens.retirement import close, retire
-from spd_lens.schema import Count, Natural
+from spd_lens.schema import Count, Natural, brief
 from spd_lens.sites import Site, find_sites, is_causal, model_device
 from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
 from spd_lens.tokens import Batch
@@ -88,7 +90,9 @@ def decompose(
     Args:
         model: a `HookedTransformer` or `TransformerBridge` in float32. It is not changed.
         tokens: `[N, seq]`, from which each step draws `config.batch_size` rows: a tensor, texts, or a tokenizer's dict; or an iterable of
-            batches, each of which may be one of these. Several processes iterate over the same batches, and each takes its rows of every one.
+            batches, each of which may be one of these, gone through as often as the steps need where it can be (a list, a DataLoader); or a
+            dataset of Hugging Face, of which `config.batch_size` rows in its order make a batch. Where an iterator ends early, training ends
+            there with a warning. Several processes iterate over the same batches, and each takes its rows of every one.
         attention_mask: `[N, seq]`, 0 at padding, where tokens are one tensor (`spd_lens.tokens.take_in`).
         config: `SPDConfig()` by default; `steps=0` returns the initialised decomposition.
         background: other text, as `tokens`: a targeted decomposition (`SPDConfig.targeted()`). On it the delta is fully on, and what is learnt
@@ -102,18 +106,19 @@ def decompose(
 
     Raises:
         SPDError: for bad input, before any work starts; during training, when a loss is no longer finite (the step and
-            the term are named) or when the batches end early.
+            the term are named), or a batch cannot be used. Where a batch, the iterable itself or a callback fails, the last whole step is
+            in `checkpoint`.
     """
-    config = config or SPDConfig()
+    config = SPDConfig() if config is None else config
+    callbacks = _checked_options(config, checkpoint, checkpoint_every, resume, callbacks)
     ranks = join(model) if hasattr(model, "parameters") else ALONE
     model_at = model_device(model) if hasattr(model, "parameters") else None
     sites = find_sites(model, config.sites)
     for site in sites.values():
         check_weight(site)
-    if config.device is not None and not str(model_at).startswith(config.device):
+    _warn_of_idle_patterns(config, sites)
+    if config.device is not None and model_at is not None and config.device not in (str(model_at), model_at.type):
         raise SPDError(f"config.device is {config.device!r} and the model is on {model_at}; move it with model.to({config.device!r}).")
-    if checkpoint_every < 1:
-        raise SPDError(f"checkpoint_every was given as {checkpoint_every!r}; it is a number of steps, at least 1.")
     for name in config.weights:
         if name not in LOSSES:
             raise SPDError(f"there is no loss {name!r}; {nearest(name, LOSSES)}.")
@@ -136,18 +141,45 @@ def decompose(
         numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
         ranks.only_first(lambda: check_writable(folder, 12 * numbers))
     with frozen(model), reproducible():
-        decomposition = initialised(model, sites, data.example, config, data.sample, None if other is None else other.sample)
+        decomposition = initialised(model, sites, data.example, config, data.sample, None if other is None else other.sample, data.reach)
         ranks.from_first(decomposition.state().values())
         check_identity(decomposition, data.example[:2])
         trainer = Trainer(decomposition, ranks)
         if checkpoint is not None and checkpoint.exists():
             trainer.load(checkpoint)
-        fit(trainer, data, other, progress and ranks.rank == 0, checkpoint, checkpoint_every, list(callbacks))
+        fit(trainer, data, other, progress and ranks.rank == 0, checkpoint, checkpoint_every, callbacks)
         if config.exact and config.steps:
             trainer.close(data.sample)
     if ranks.rank == 0:
         _teach_at_the_end(trainer, data.example)
     return decomposition
+
+
+def _checked_options(config: Any, checkpoint: Any, checkpoint_every: Any, resume: Any, callbacks: Any) -> list[Callback]:
+    """Nothing else is looked at so early; the callbacks as a list."""
+    if not isinstance(config, SPDConfig):
+        mend = "SPDConfig(**{…}), which checks it" if isinstance(config, Mapping) else "an SPDConfig"
+        raise SPDError(f"config was given as {brief(config)}; give {mend}.")
+    if not isinstance(checkpoint_every, int | np.integer) or checkpoint_every < 1:
+        raise SPDError(f"checkpoint_every was given as {brief(checkpoint_every)}; it is a number of steps, at least 1.")
+    if checkpoint is not None and not isinstance(checkpoint, str | os.PathLike):
+        raise SPDError(f"checkpoint was given as {brief(checkpoint)}; give a file's name, or None.")
+    if resume and checkpoint is None:
+        raise SPDError("resume=True was given without a checkpoint, and there is nothing to go on from; give checkpoint=the file.")
+    given: list[Any] = list(callbacks) if isinstance(callbacks, Iterable) else [None]
+    if not all(map(callable, given)):
+        raise SPDError(f"callbacks were given as {brief(callbacks)}; give a list of functions of a StepResult.")
+    return given
+
+
+def _warn_of_idle_patterns(config: SPDConfig, names: Iterable[str]) -> None:
+    """A misspelt pattern of `subcomponents`, or one behind a more general one, would change nothing."""
+    given = config.subcomponents if isinstance(config.subcomponents, Mapping) else {}
+    used = {next((pattern for pattern in given if fnmatchcase(name, pattern)), None) for name in names}
+    for pattern in given:
+        if pattern not in used:
+            warnings.warn(f"subcomponents: {pattern!r} is used for no matrix; the first pattern that matches counts, so check its spelling, and give "
+                          "the more general ones last.", stacklevel=3)  # fmt: skip
 
 
 def count(config: SPDConfig, name: str) -> int:
@@ -162,10 +194,11 @@ def count(config: SPDConfig, name: str) -> int:
 
 def initialised(
     model: Any, sites: dict[str, Site], example: Batch | Tensor, config: SPDConfig, sample: Batch | Tensor | None = None,
-    background: Batch | Tensor | None = None,
+    background: Batch | Tensor | None = None, reach: int | None = None,
 ) -> Decomposition:  # fmt: skip
     """The untrained decomposition: subcomponents from each matrix and its curvature on `sample` (None: on `example`), importance functions
-    scaled to the inputs of `example`. With a background, those of what the matrix does on `sample` and not there."""
+    scaled to the inputs of `example`, with positions up to `reach` (None: as long as `example`). With a background, those of what the matrix
+    does on `sample` and not there."""
     device = next(iter(sites.values())).weight.device
     generator = torch.Generator(device).manual_seed(config.seed)
     decomposition = Decomposition(model, sites, {}, {}, config)
@@ -187,7 +220,7 @@ def initialised(
         for name, x in decomposition.trace(example).inputs.items():
             decomposition.gates[name] = build_importance(
                 config.importance, example.rows(x)[None], components[name].inner(example.rows(x))[None], config.gate_width, config.gate_bias,
-                config.distance_decay, example.shape[1], is_causal(model), generator,
+                config.distance_decay, reach or example.shape[1], is_causal(model), generator,
             )  # fmt: skip
     return decomposition
 
@@ -530,7 +563,7 @@ def fit(
     checkpoint_every: int,
     callbacks: list[Callback],
 ) -> None:
-    """Step until the config's number of steps is reached."""
+    """Step until the config's number of steps is reached, or a stream ends."""
     d, config = trainer.decomposition, trainer.config
     streams = [data] if background is None else [data, background]
     for stream in streams:
@@ -546,10 +579,14 @@ def fit(
     try:
         with interrupts_wait() as interrupted:
             while d.steps_done < config.steps:
+                if trainer.ranks.anywhere(not all([stream.ready() for stream in streams])):
+                    _ended(trainer)
+                    break
+                batches = [trainer.ranks.share(stream.take(trainer.shared)) for stream in streams]
+                whole = False
                 if d.steps_done in retire_at:
                     trainer.retire(data.sample)
-                whole = False
-                result = trainer.step(*(trainer.ranks.share(stream.take(d.steps_done, trainer.shared)) for stream in streams))
+                result = trainer.step(*batches)
                 whole = True
                 if result.step % line == 0 or result.step == config.steps:
                     d.history.append(result.figures())
@@ -566,10 +603,23 @@ def fit(
         if checkpoint is not None and whole:
             keep(checkpoint)
         raise
+    except Exception:  # of a stream or a callback; the other processes may know nothing of it
+        if checkpoint is not None and whole and trainer.ranks.rank == 0:
+            trainer.save(checkpoint)
+        raise
     finally:
         bar.close()
     if checkpoint is not None and config.steps and d.steps_done % checkpoint_every:
         keep(checkpoint)
+
+
+def _ended(trainer: Trainer) -> None:
+    """An iterator that did not say how much it holds."""
+    done, steps = trainer.decomposition.steps_done, trainer.config.steps
+    if trainer.ranks.rank == 0:
+        warnings.warn(f"the batches ended after {done} of {steps} steps. Training ends there, and what was learnt is kept, but the schedules did not "
+                      f"come to their end (learning rate, weights, retirement). Set steps={done}, or give a list or a DataLoader, which are gone "
+                      "through again; or go on from the checkpoint, if there is one, with resume=True and an iterable that goes on.", stacklevel=4)  # fmt: skip
 
 
 def _teach(trainer: Trainer, said: set[str]) -> None:

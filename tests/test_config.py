@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from spd_lens import Schedule, SPDConfig, SPDError
 
@@ -27,6 +29,8 @@ def test_unknown_names_are_refused_with_the_nearest():
         (dict(retire_tolerance=-1), "retire_tolerance was given as -1.0; it has to be at least 0"),
         (dict(learning_rate=((0.5, 1.0), (0.2, 1.0))), "rise"),
         (dict(learning_rate="fast"), "schedule"),
+        (dict(learning_rate=((0, 1e-3), (1, -1e-3))), r"learning_rate was given as .*; no value of it may be below 0"),
+        (dict(weights={"price": -1e-3}), r"the weight of price was given as \(\(0.0, -0.001\),\); no value"),
         (dict(learning_rate=((0.0, 1.0), (float("nan"), 1.0), (1.0, 1.0))), "finite"),
         (dict(learning_rate=10**400), "schedule"),
         (dict(learning_rate={"points": 3}), "schedule"),
@@ -45,6 +49,26 @@ def test_unknown_names_are_refused_with_the_nearest():
 )
 def test_bad_values_say_what_is_allowed(given, message):
     with pytest.raises(SPDError, match=message):
+        SPDConfig(**given)
+
+
+def test_numbers_and_devices_of_numpy_and_torch_are_numbers_and_names():
+    odd = SPDConfig(
+        steps=np.int64(2), seed=torch.tensor(3), gate_bias=np.float32(0.5), learning_rate=np.float32(0.25), device=torch.device("cpu"),
+        exact=np.bool_(False), retire_at=np.array([0.25, 0.5]), subcomponents={"*": np.uint8(3)}, minimality_power=torch.tensor([[0.0, 0.5], [1.0, 0.25]]),
+        weights={"stochastic": np.float64(0.5), "plain": ((0, np.float16(0.5)),)},
+    )  # fmt: skip
+    usual = SPDConfig(
+        steps=2, seed=3, gate_bias=0.5, learning_rate=0.25, device="cpu", exact=False, retire_at=(0.25, 0.5), subcomponents={"*": 3},
+        minimality_power=((0.0, 0.5), (1.0, 0.25)), weights={"stochastic": 0.5, "plain": ((0, 0.5),)},
+    )  # fmt: skip
+    assert odd == usual and repr(odd) == repr(usual) and json.dumps(odd.to_json()) == json.dumps(usual.to_json())
+    assert Schedule.of(np.float32(0.5)) == Schedule.of(0.5)
+
+
+@pytest.mark.parametrize("given", [dict(steps=np.float32(2.0)), dict(steps=torch.tensor([2])), dict(steps=np.bool_(True)), dict(seed=2.0)])
+def test_numbers_of_another_kind_stay_refused(given):
+    with pytest.raises(SPDError, match="it has to be a whole number"):
         SPDConfig(**given)
 
 

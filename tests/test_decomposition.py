@@ -142,9 +142,95 @@ def test_the_cache_holds_activations_and_importances(untrained, tokens):
 
 def test_the_model_is_as_before_also_after_an_exception(untrained, tokens):
     clean = untrained.model(tokens)
-    with pytest.raises(RuntimeError):  # a mask that fits no batch of 3 breaks inside the forward pass
-        untrained.run(tokens, {"blocks.0.mlp.W_in": torch.ones(7, 1, 40)})
+    hooks = untrained.hooks({"blocks.0.mlp.W_in": torch.ones(7, 1, 40)})
+    with pytest.raises(SPDError, match=r"\[7, 1, 40\]; .* = \[3, 11, 40\]"):  # known inside of the forward pass alone
+        untrained.model.run_with_hooks(tokens, fwd_hooks=hooks)
     assert torch.equal(untrained.model(tokens), clean)
+
+
+SITE = "blocks.0.mlp.W_in"
+
+
+def four_ways(d, tokens, mask, delta=0.0):
+    """A mask in each of the ways that there are to give one; a function for each."""
+
+    def attached():
+        with d.attached({SITE: mask}, delta) as model:
+            return model(tokens)
+
+    return [lambda: d.run(tokens, {SITE: mask}, delta), lambda: d.run_with_cache(tokens, {SITE: mask}, delta)[0], attached,
+            lambda: d.model.run_with_hooks(tokens, fwd_hooks=d.hooks({SITE: mask}, delta))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "batch, length, shape, message",
+    [
+        (3, 11, (7, 1, 40), r"\[7, 1, 40\]; it has to be a tensor that broadcasts to \[b, s, 40\] = \[3, 11, 40\]\.$"),
+        (1, 11, (7, 1, 40), r"\[7, 1, 40\]; .* = \[1, 11, 40\]"),
+        (3, 1, (3, 11, 40), r"\[3, 11, 40\]; .* = \[3, 1, 40\]"),
+        (3, 11, (3, 40), r"\[3, 40\]; .* = \[3, 11, 40\]\. Of one row a sequence give mask\[:, None, :\]"),
+        (11, 11, (11, 40), r"tokens \[11, 11\], so its rows may be sequences or positions; give mask\[:, None, :\] .* mask\[None\]"),
+        (11, 11, (11, 1), "may be sequences or positions"),
+        (3, 11, (1, 3, 11, 40), r"\[1, 3, 11, 40\]"),
+    ],
+)
+def test_masks_of_another_shape_are_refused_by_name(untrained, batch, length, shape, message):
+    for way in four_ways(untrained, zoo.tokens(batch, length), torch.ones(shape)):
+        with pytest.raises(SPDError, match=rf"^{SITE}: .*{message}"):
+            way()
+
+
+def test_a_mask_of_another_shape_is_refused_before_the_pass(untrained, tokens, monkeypatch):
+    monkeypatch.setattr(type(untrained.model), "forward", lambda *_, **__: pytest.fail("the model was run"))
+    run, run_with_cache, *_ = four_ways(untrained, tokens, torch.ones(3, 40))
+    for way in (run, run_with_cache):
+        with pytest.raises(SPDError, match="mask"):
+            way()
+
+
+@pytest.mark.parametrize("shape", [(), (40,), (1,), (11, 40), (11, 1), (1, 40), (3, 11, 40), (3, 1, 40), (1, 11, 1), (3, 11, 1)])
+def test_masks_that_broadcast_are_what_they_broadcast_to(untrained, tokens, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    expected = untrained.run(tokens, {SITE: mask.expand(3, 11, 40)})
+    for way in four_ways(untrained, tokens, mask):
+        assert torch.allclose(way(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float64, torch.float16])
+def test_masks_of_other_types_are_numbers(untrained, tokens, dtype):
+    mask = torch.arange(40).remainder(2).to(dtype)
+    expected = untrained.run(tokens, {SITE: mask.float()})
+    for way in four_ways(untrained, tokens, mask):
+        assert torch.allclose(way(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad, message", [(torch.tensor(torch.nan), "NaN or infinite"), (torch.tensor([torch.inf] * 40), "NaN or infinite"),
+                                          (torch.ones(40, dtype=torch.complex64), "complex")])  # fmt: skip
+def test_masks_that_are_no_numbers_are_refused(untrained, tokens, bad, message):
+    for way in four_ways(untrained, tokens, bad):
+        with pytest.raises(SPDError, match=f"^{SITE}: .*{message}"):
+            way()
+
+
+@pytest.mark.parametrize("bad", [torch.ones(40), [SITE], None, 1.0])
+def test_masks_that_are_no_mapping_are_refused(untrained, bad):
+    with pytest.raises(SPDError, match="masks were given as .*; give a mapping"):
+        untrained.check_masks(bad, 0.0)
+
+
+@pytest.mark.parametrize("delta", [torch.ones(3), torch.ones(3, 11), torch.ones(48), torch.nan, torch.inf, torch.ones(3, 11, 48)])
+def test_a_delta_that_is_no_number_is_refused(untrained, tokens, delta):
+    """`[48]` would have scaled what is written, entry by entry."""
+    for way in four_ways(untrained, tokens, torch.ones(()), delta):
+        with pytest.raises(SPDError, match="delta was given as .*; give a finite number, or a tensor that broadcasts"):
+            way()
+
+
+def test_masks_go_through_vmap(untrained, tokens):
+    many = torch.rand(2, 40, generator=torch.Generator().manual_seed(0))
+    together = torch.vmap(lambda mask: untrained.run(tokens, {SITE: mask}))(many)
+    for mask, logits in zip(many, together):
+        assert torch.allclose(untrained.run(tokens, {SITE: mask}), logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(

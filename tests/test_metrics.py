@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -101,7 +102,36 @@ def test_census_counts_by_position(trained, tokens):
     assert "verify" in repr(counted)
 
 
-@pytest.mark.parametrize("index", [torch.tensor([0, 1]), torch.tensor([0, 1, 11]), torch.tensor([0, 1, -1])])
+@pytest.mark.parametrize(
+    "index", [-1, [10, -1, 10], np.array([10, 10, -1]), torch.tensor([-1, 10, 10]), torch.tensor(10), np.int64(-1), (10, 10, 10)]
+)
+def test_positions_of_every_kind(trained, tokens, index):
+    expected = census(trained, tokens, {"last": torch.tensor([10, 10, 10])}).mean_active
+    assert census(trained, tokens, {"last": index}).mean_active == expected
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0, 1]), torch.tensor([0, 1, 11]), torch.tensor([0, 1, -12]), torch.tensor([0.0, 1.0, 2.0]),
+                                   torch.tensor([True, False, True]), torch.zeros(3, 11, dtype=torch.long), 11, "last", None, slice(0, 1)])  # fmt: skip
 def test_census_refuses_positions_outside(trained, tokens, index):
-    with pytest.raises(SPDError, match=r"one position 0 … 10 for each of the 3 sequences"):
+    with pytest.raises(SPDError, match=r"give one position 0 … 10 \(negative: from the end\) .* one for each of the 3 sequences"):
         census(trained, tokens, {"here": index})
+
+
+def test_positions_that_are_a_mask_are_refused_where_they_would_fit_by_chance(trained):
+    """`[True, False, …]` of as many sequences as there are positions would have been read as 1, 0, …"""
+    with pytest.raises(SPDError, match=r"positions\['here'\]"):
+        census(trained, zoo.tokens(3, 3), {"here": torch.tensor([True, False, True])})
+
+
+def test_what_is_no_mapping_and_no_size_is_refused(trained, tokens):
+    with pytest.raises(SPDError, match="positions were given as .*; give a mapping"):
+        census(trained, tokens, [1, 2, 3])
+    for size in (0, -1, 2.0):
+        with pytest.raises(SPDError, match="batch_size was given as .*at least 1"):
+            verify(trained, tokens, batch_size=size)
+
+
+@pytest.mark.parametrize("threshold", [50, 1.0, -0.1, float("nan")])
+def test_a_threshold_that_nothing_or_everything_passes_is_refused(trained, tokens, threshold):
+    with pytest.raises(SPDError, match="threshold was given as .*at least 0 and below 1"):
+        census(trained, tokens, threshold=threshold)

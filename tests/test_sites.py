@@ -96,6 +96,24 @@ def test_patterns_that_match_nothing_say_what_would(model, pattern, message):
         find_sites(model, pattern)
 
 
+ATTENTION_ONLY = [build for name, build in zoo.ALL.items() if name in ("HT-shortformer-attn-only", "Bridge-native-attn-only")]
+
+
+@pytest.mark.parametrize("build", ATTENTION_ONLY)
+def test_one_pattern_of_several_that_matches_nothing_is_a_warning(build):
+    model, both = build(), ("blocks.*.attn.W_[QKVO]", "blocks.*.mlp.W_*")
+    with pytest.warns(UserWarning, match=r"^no site matches 'blocks.\*.mlp.W_\*'; nearest: .* The other patterns match 8 sites\."):
+        sites = find_sites(model, both)
+    assert len(sites) == 8
+    with pytest.raises(SPDError, match=r"no site matches 'blocks.\*.mlp.W_\*'"):
+        find_sites(model, both[1:])
+
+
+def test_a_bias_among_matrices_is_a_warning(model):
+    with pytest.warns(UserWarning, match="'blocks.0.attn.b_Q' names a bias"):
+        assert list(find_sites(model, ["blocks.0.attn.W_Q", "blocks.0.attn.b_Q"])) == ["blocks.0.attn.W_Q"]
+
+
 def test_other_models_are_refused():
     with pytest.raises(SPDError, match="TransformerBridge"):
         find_sites(nn.Linear(2, 2), "*")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spd_lens import Decomposition, SPDConfig, SPDError, decompose
-from spd_lens.storage import check_writable
+from spd_lens.storage import check_writable, load_decomposition
 from tests import zoo
 
 
@@ -139,3 +139,10 @@ def test_a_read_only_folder(untrained, small_disk):
         check_writable(small_disk, 10)
     with pytest.raises(SPDError, match="could not be written"):
         untrained.save(small_disk)
+
+
+def test_swapped_arguments_are_told(trained, tmp_path):
+    with pytest.raises(SPDError, match=f"given a {type(trained.model).__name__} as the folder and a str as the model; it is load"):
+        load_decomposition.__wrapped__(trained.model, str(tmp_path))
+    with pytest.raises(SPDError, match="given a PosixPath as the folder and a str as the model"):
+        Decomposition.load(tmp_path, "gpt2")

@@ -1,13 +1,15 @@
+import re
 import signal
 
 import pytest
 import torch
 
-from spd_lens import Decomposition, SPDConfig, SPDError, decompose, masks, training
+from spd_lens import Decomposition, SPDConfig, SPDError, batches, decompose, masks, training
 from spd_lens.guards import frozen
 from spd_lens.importance import lower_leaky
 from spd_lens.losses import LOSSES, OnBackground, Pass, Reconstruction, kl_divergence, of_stream
 from spd_lens.sites import find_sites
+from spd_lens.storage import Saved
 from spd_lens.training import Trainer, initialised
 from tests import zoo
 
@@ -289,10 +291,121 @@ def test_the_product_is_exact_at_the_end(model, exact):
     assert (worst < 1e-6) == exact
 
 
+# --- streams that end, fail or begin anew ---
+
+SMALL = SPDConfig(
+    sites="blocks.0.attn.W_Q", steps=20, init="svd", subcomponents=33, batch_size=2, gate_width=1, importance="scalar", retire_at=(0.5,)
+)
+
+
+@pytest.fixture
+def small_sample(monkeypatch):
+    """One batch is sample enough, so that how much a stream holds is not known before."""
+    monkeypatch.setattr(batches, "SAMPLE_OUTPUTS", 1)
+    monkeypatch.setattr(batches, "SAMPLE_TOKENS", 1)
+
+
+def stream(many=20, fails=False):
+    yield from (zoo.tokens(2, seed=step) for step in range(many))
+    if fails:
+        raise OSError("the network")
+
+
+def test_a_stream_that_ends_early_ends_the_training_and_nothing_is_lost(model, tmp_path, small_sample):
+    path = tmp_path / "c.safetensors"
+    whole = decompose(model, stream(), SMALL, progress=False)
+    with pytest.warns(UserWarning, match=r"ended after 13 of 20 steps.*schedules did not come to their end.*Set steps=13.*resume=True"):
+        short = decompose(model, stream(13), SMALL, progress=False, checkpoint=path)
+    assert short.steps_done == 13 and not same(weights_of(short), weights_of(whole))
+    with pytest.warns(UserWarning, match="ended after 13 of 20 steps"):
+        again = decompose(model, stream(13), SMALL, progress=False, checkpoint=path, resume=True)
+    assert same(weights_of(again), weights_of(short))
+    resumed = decompose(model, stream(), SMALL, progress=False, checkpoint=path, resume=True)
+    assert same(weights_of(resumed), weights_of(whole)) and resumed.steps_done == 20
+
+
+def test_a_background_that_ends_early_ends_the_training_too(model, small_sample):
+    config = SPDConfig.targeted(sites="blocks.0.attn.W_Q", steps=9, subcomponents=4, batch_size=2, gate_width=1)
+    with pytest.warns(UserWarning, match="ended after 5 of 9 steps"):
+        assert decompose(model, zoo.tokens(2), config, background=stream(5), progress=False).steps_done == 5
+
+
+def raising(error):
+    def callback(result):
+        if result.step == 13:
+            raise error
+
+    return [callback]
+
+
+@pytest.mark.parametrize("broken", ["tokens", "background", "callback"])
+def test_what_fails_in_between_leaves_a_checkpoint_and_passes(model, tmp_path, broken, small_sample):
+    """Also where the other stream has drawn its rows already: the same bits come out afterwards."""
+    path, config = tmp_path / "c.safetensors", SMALL
+    tokens, other = stream, lambda *_: None
+    if broken == "background":
+        tokens, other = lambda *_: zoo.tokens(8), stream
+        config = SPDConfig.targeted(sites="blocks.0.attn.W_Q", steps=20, subcomponents=4, batch_size=2, gate_width=1)
+
+    def train(*ends, **options):
+        return decompose(model, tokens(*ends), config, background=other(*ends), progress=False, **options)
+
+    whole, ends = train(), () if broken == "callback" else (13, True)
+    with pytest.raises(OSError, match="the network"):
+        train(*ends, checkpoint=path, callbacks=raising(OSError("the network")) if broken == "callback" else ())
+    assert Saved(path, training.Progress).about["steps_done"] == 13
+    assert same(weights_of(train(checkpoint=path, resume=True)), weights_of(whole))
+
+
+def test_a_batch_that_cannot_be_used_is_named_and_leaves_a_checkpoint(model, tmp_path, small_sample):
+    path = tmp_path / "c.safetensors"
+    given = [*stream(8), zoo.tokens(2) + zoo.VOCABULARY]
+    with pytest.raises(SPDError, match="batch 9 of the stream: token ids run from"):
+        decompose(model, given, SMALL, progress=False, checkpoint=path)
+    assert Saved(path, training.Progress).about["steps_done"] == 8
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_loader_that_is_gone_through_again_is_resumed_to_the_bit(model, tmp_path, shuffled):
+    def loader():
+        generator = torch.Generator().manual_seed(0) if shuffled else None
+        return torch.utils.data.DataLoader(zoo.tokens(11), batch_size=3, shuffle=shuffled, generator=generator)
+
+    path = tmp_path / "c.safetensors"
+    whole = decompose(model, loader(), SMALL, progress=False)
+    with pytest.raises(OSError, match="the network"):
+        decompose(model, loader(), SMALL, progress=False, checkpoint=path, callbacks=raising(OSError("the network")))
+    resumed = decompose(model, loader(), SMALL, progress=False, checkpoint=path, resume=True)
+    assert whole.steps_done == 20 and same(weights_of(resumed), weights_of(whole))
+
+
 class TestBadInput:
-    def test_batches_that_end_early(self, model):
-        with pytest.raises(SPDError, match="ended after 3 of 6 steps; give more, or set steps=3"):
+    def test_batches_that_are_known_to_end_early(self, model):
+        with pytest.raises(SPDError, match="there are 3 batches for 6 steps, .* set steps=3"):
             decompose(model, iter([zoo.tokens(4)] * 3), SPDConfig(**QUICK), progress=False)
+
+    @pytest.mark.parametrize(
+        "given, message",
+        [
+            (dict(config={"steps": 2}), r"config was given as \{'steps': 2\}; give SPDConfig\(\*\*\{…\}\), which checks it"),
+            (dict(config={}), r"config was given as \{\}"),
+            (dict(config=SPDConfig), "config was given as .*; give an SPDConfig"),
+            (dict(config=300), "config was given as 300; give an SPDConfig"),
+            (dict(checkpoint_every=2.5), "checkpoint_every was given as 2.5"),
+            (dict(checkpoint=3), "checkpoint was given as 3; give a file's name"),
+            (dict(resume=True), "resume=True was given without a checkpoint"),
+            (dict(callbacks=print), "callbacks were given as .*; give a list of functions"),
+            (dict(callbacks=[None]), "callbacks were given as"),
+        ],
+    )
+    def test_options_of_another_kind(self, model, given, message):
+        with pytest.raises(SPDError, match=message):
+            decompose.__wrapped__(model, zoo.tokens(), **{"config": SPDConfig(**QUICK), **given})  # past beartype, as users come
+
+    def test_a_device_whose_name_goes_on(self, model, monkeypatch):
+        monkeypatch.setattr(training, "model_device", lambda model: torch.device("cuda:10"))
+        with pytest.raises(SPDError, match="config.device is 'cuda:1' and the model is on cuda:10"):
+            decompose(model, zoo.tokens(), SPDConfig(**QUICK, device="cuda:1"), progress=False)
 
     def test_no_batch_at_all(self, model):
         with pytest.raises(SPDError, match="without a single batch"):
@@ -347,6 +460,11 @@ class TestBadInput:
     def test_a_pattern_for_no_site(self, model):
         with pytest.raises(SPDError, match="names no pattern for blocks.0.attn.W_Q"):
             decompose(model, zoo.tokens(), SPDConfig(steps=1, subcomponents={"*.mlp.*": 3}), progress=False)
+
+    @pytest.mark.parametrize("given, idle", [({"*.mpl.*": 3, "*": 33}, "*.mpl.*"), ({"*": 33, "*.mlp.*": 49}, "*.mlp.*")])
+    def test_a_pattern_that_is_used_for_no_matrix_is_a_warning(self, model, given, idle):
+        with pytest.warns(UserWarning, match=f"subcomponents: {re.escape(repr(idle))} is used for no matrix"):
+            decompose(model, zoo.tokens(), SPDConfig(**{**QUICK, "steps": 0, "subcomponents": given}), progress=False)
 
     def test_dropout_in_training_mode(self):
         model = zoo.wrapped("gpt2")
