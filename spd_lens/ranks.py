@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from spd_lens.errors import SPDError
 from spd_lens.sites import model_device
 from spd_lens.tokens import Batch
 
-Rows = TypeVar("Rows", Tensor, Batch)
 PATIENCE = timedelta(minutes=10)  # after which a rank that waits for one that is gone gives up
 
 
@@ -55,8 +54,9 @@ class Ranks:
                            f"give {allowed} (config.batch_size is that of all processes together), or start fewer.")  # fmt: skip
         return sequences // self.count
 
-    def share(self, batch: Rows) -> Rows:
-        """This rank's rows of the batch, a tensor or a `Batch`."""
+    def share(self, tokens: Batch | Tensor) -> Batch:
+        """This rank's rows of the batch."""
+        batch = Batch.of(tokens)
         many = self.per_rank(len(batch))
         return batch[self.rank * many : (self.rank + 1) * many]
 
