@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens.decomposition import Decomposition
+from spd_lens.guards import steady
 from spd_lens.interventions import One, choice
 from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
@@ -94,6 +95,7 @@ def ever_active(d: Decomposition, tokens: Any) -> dict[str, list[int]]:
     return {name: torch.nonzero(times).flatten().tolist() for name, times in times_active(d, tokens).items()}
 
 
+@steady()
 def times_active(d: Decomposition, tokens: Any) -> dict[str, Int[Tensor, " C"]]:
     """Site → at how many positions of the tokens `[N, s]` each subcomponent has g > 0.5."""
     tokens = d.tokens(tokens)
@@ -104,6 +106,7 @@ def times_active(d: Decomposition, tokens: Any) -> dict[str, Int[Tensor, " C"]]:
     return times
 
 
+@steady()
 def describe(d: Decomposition, tokens: Any, chosen: Any = None, most: int = 8, progress: bool = False) -> list[Card]:
     """A card for each chosen subcomponent, in the order of the layers.
 
@@ -159,7 +162,7 @@ def _looked_at(
     d: Decomposition, tokens: Int[Tensor, "N s"], wanted: Mapping[str, Sequence[int]], most: int, progress: bool
 ) -> dict[One, _Seen]:
     places: dict[One, list[tuple[float, int, int]]] = {(name, c): [] for name in wanted for c in wanted[name]}
-    counts = {one: torch.zeros(BINS) for one in places}
+    counts = {one: torch.zeros(BINS, dtype=torch.float32, device="cpu") for one in places}
     sums, active = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
     together, s = rows_at_once(d.model, tokens.shape[1], ROWS), tokens.shape[1]
     batches = tokens.split(together)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd_lens.components import Factors, Target
 from spd_lens.decomposition import Decomposition
+from spd_lens.guards import double
 from spd_lens.sites import Passage, Rewrite
 from spd_lens.suffix import compared
 
@@ -41,7 +42,7 @@ def sensitivities(
 
     with torch.enable_grad():
         logits = compared(d._forward(tokens, {name: watch(name) for name in d.sites}), d.config.output_positions)
-        log_p = logits.float().log_softmax(-1).flatten(0, -2)
+        log_p = logits.log_softmax(-1).flatten(0, -2)
         drawn = torch.multinomial((log_p.detach() / TEMPERATURE).softmax(-1), 1, generator=generator)
         gradients = torch.autograd.grad(log_p.gather(-1, drawn).sum(), list(changes.values()))
     return inputs, {name: g.sum(0) if g.ndim == 4 else g for name, g in zip(changes, gradients)}
@@ -53,7 +54,7 @@ def factors(d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Gener
     for some in tokens.split(rows):
         inputs, gradients = sensitivities(d, some, generator)
         for name in d.sites:
-            x, g = inputs[name].flatten(0, 1).double(), gradients[name].flatten(0, 1).double()
+            x, g = double(inputs[name].flatten(0, 1)), double(gradients[name].flatten(0, 1))
             A, G = (x * g.square().sum(-1, keepdim=True)).T @ x, (g * x.square().sum(-1, keepdim=True)).T @ g
             before = sums.get(name)
             sums[name] = (A, G) if before is None else (before[0] + A, before[1] + G)
@@ -70,12 +71,12 @@ def targets(
     moments: dict[str, Tensor] = {}
     for some in background.split(rows):
         for name, x in d.trace(some).inputs.items():
-            x = x.flatten(0, 1).double()
+            x = double(x.flatten(0, 1))
             moments[name] = moments.get(name, 0.0) + x.T @ x / background.numel()
     found = {}
     for name in d.sites:
-        x, g = inputs[name].flatten(0, 1), gradients[name].flatten(0, 1).double()
-        G = (g * x.double().square().sum(-1, keepdim=True)).T @ g
+        x, g = inputs[name].flatten(0, 1), double(gradients[name].flatten(0, 1))
+        G = (g * double(x).square().sum(-1, keepdim=True)).T @ g
         found[name] = Target(x, g.square().sum(-1), G, moments[name])
     return found
 

@@ -20,6 +20,7 @@ from spd_lens.attachment import Attachment, guarded, rewritten
 from spd_lens.components import Components, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import alone, steady
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
@@ -98,7 +99,7 @@ class Decomposition(Tabular):
 
     # --- looking ---
 
-    @torch.no_grad()
+    @steady()
     def observe(self, tokens: TokensLike) -> Observation:
         """One clean pass: the original logits, and per site the inner activations and causal importances."""
         clean = self.trace(self.tokens(tokens))
@@ -128,6 +129,7 @@ class Decomposition(Tabular):
 
     # --- running ---
 
+    @steady(gradients=None)
     def run(self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0) -> Float[Tensor, "b s vocabulary"]:
         """Logits with the named sites replaced by their masked subcomponents.
 
@@ -214,8 +216,14 @@ class Decomposition(Tabular):
             the model.
 
         Raises:
-            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites.
+            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites;
+                the model attached or being decomposed in another thread.
         """
+        with alone(self.model, "attached (`with decomposition.attached():`)"), self._attached(masks, delta) as model:
+            yield model
+
+    @contextmanager
+    def _attached(self, masks: Mapping[str, Tensor] | None, delta: float | int | Tensor) -> Iterator[Any]:
         if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
             masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
         self.check_masks(masks or {})
@@ -234,6 +242,7 @@ class Decomposition(Tabular):
                 finally:
                     self._attachment = None
 
+    @steady(gradients=None)
     def run_with_cache(
         self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor = 0.0, **options: Any
     ) -> tuple[Any, ActivationCache | dict[str, Any]]:
@@ -244,7 +253,7 @@ class Decomposition(Tabular):
             options: `run_with_cache`'s own, e.g. `names_filter`, `stop_at_layer`, `pos_slice`.
         """
         tokens = self.tokens(tokens)
-        with self.attached(masks, 1.0 if masks is None else delta):
+        with self._attached(masks, 1.0 if masks is None else delta):
             return self.model.run_with_cache(tokens, **options)
 
     # --- changing the original weights ---
@@ -339,6 +348,7 @@ class Decomposition(Tabular):
 
     # --- keeping ---
 
+    @steady()
     def save(self, folder: str | Path) -> Path:
         """Write `decomposition.json` and `decomposition.safetensors` into `folder`; see `spd_lens.storage`."""
         from spd_lens.storage import save_decomposition
@@ -423,7 +433,7 @@ class Decomposition(Tabular):
                 raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")
         return logits
 
-    @torch.no_grad()
+    @steady()
     def _shown(self) -> Shown:
         rows = {
             name: {"d_in": site.d_in, "d_out": site.d_out, "subcomponents": self.components[name].C,
@@ -434,6 +444,7 @@ class Decomposition(Tabular):
                      pd.DataFrame.from_dict(rows, orient="index").rename_axis("site"),
                      "Left to the delta: share of the matrix's squared norm in W - V·U. What is active: census and verify(decomposition, tokens).")  # fmt: skip
 
+    @steady()
     def share_left(self, name: str) -> float:
         """Share of a matrix's squared norm that V·U leaves: `‖W - V·U‖²/‖W‖²`."""
         weight = self.sites[name].weight

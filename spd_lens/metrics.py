@@ -17,7 +17,7 @@ from torch import Tensor
 from spd_lens import masks
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
-from spd_lens.guards import frozen
+from spd_lens.guards import frozen, steady
 from spd_lens.losses import kl_divergence, mean_squared_delta
 from spd_lens.suffix import compared, rows_at_once
 from spd_lens.tables import Shown, Tabular
@@ -62,6 +62,7 @@ class Census(Tabular):
                      f"{self.total} distinct; a count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
 
 
+@steady()
 def census(
     decomposition: Decomposition,
     tokens: Tensor,
@@ -159,6 +160,7 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
          "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
+@steady(gradients=True)
 def verify(decomposition: Decomposition, tokens: Tensor, seed: int = 0, batch_size: int | None = None) -> Verification:
     """Cut a decomposition in every way that its count of active subcomponents promises to survive.
 

@@ -33,7 +33,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.curvature import factors, targets
 from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError, nearest
-from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
+from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible, steady
 from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from, of_stream
 from spd_lens.ranks import ALONE, Ranks, join
@@ -75,6 +75,7 @@ class StepResult:
 Callback = Callable[[StepResult], None]
 
 
+@steady(gradients=True, lasting="being decomposed")
 def decompose(
     model: Any, tokens: Tensor | Iterable[Tensor], config: SPDConfig | None = None, *, progress: bool = True,
     background: Tensor | Iterable[Tensor] | None = None, checkpoint: str | Path | None = None, checkpoint_every: int = 500,
@@ -556,7 +557,7 @@ def _teach(trainer: Trainer, said: set[str]) -> None:
         for advice in while_training(d, d.history[-1]["active"]):
             if advice.kind not in said:
                 said.add(advice.kind)
-                _warn(d, advice, 5)
+                _warn(d, advice, 6)
 
 
 def _teach_at_the_end(trainer: Trainer, example: Tensor) -> None:
@@ -570,10 +571,10 @@ def _teach_at_the_end(trainer: Trainer, example: Tensor) -> None:
         if not isinstance(error, SPDError) and not out_of_memory(error):
             raise
         return warnings.warn(
-            f"the look at what is amiss failed ({error}); call advise(decomposition, tokens) on other or fewer tokens.", stacklevel=4
+            f"the look at what is amiss failed ({error}); call advise(decomposition, tokens) on other or fewer tokens.", stacklevel=5
         )
     for advice in found:
-        _warn(d, advice, 4)
+        _warn(d, advice, 5)
 
 
 def _warn(d: Decomposition, advice: Advice, stacklevel: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.errors import SPDError
-from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, layout_of
+from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, expect_uncompiled, layout_of
 
 
 def rewrite_hooks(
@@ -36,8 +36,9 @@ def rewrite_hooks(
         counting: whether `Passage.start` is wanted.
 
     Raises:
-        SPDError: `counting` in a block without attention, which alone is told what the key/value cache holds.
+        SPDError: `counting` in a block without attention, which alone is told what the key/value cache holds; a model that was compiled.
     """
+    expect_uncompiled(model)
     layout, hook_points = layout_of(model), model.hook_dict
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
