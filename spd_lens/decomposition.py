@@ -225,7 +225,7 @@ class Decomposition(Tabular):
     @contextmanager
     def _attached(self, masks: Mapping[str, Tensor] | None, delta: float | int | Tensor) -> Iterator[Any]:
         if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
-            masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
+            masks = {name: torch.ones_like(c.V[0, 0]) for name, c in self.components.items()}
         self.check_masks(masks or {})
         if self._attachment is not None:
             with self._attachment.set_to(masks, delta):

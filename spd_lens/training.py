@@ -195,7 +195,7 @@ def check_identity(decomposition: Decomposition, tokens: Tensor) -> None:
     clean = decomposition.model(tokens, return_type="logits")
     if not torch.isfinite(clean).all():
         raise SPDError("the model's own logits hold NaN or infinite values on these tokens; decompose a model that runs.")
-    everything = {name: torch.ones((), device=clean.device) for name in decomposition.sites}
+    everything = {name: torch.ones_like(clean[0, 0, 0]) for name in decomposition.sites}
     tolerance = IDENTITY_TOLERANCE * max(1.0, float(clean.abs().max()))
 
     def error(masks: Mapping[str, Tensor]) -> float:
@@ -322,7 +322,7 @@ class Trainer:
             active = self.ranks.mean(
                 {name: (value > masks.THRESHOLD).sum(-1, dtype=value.dtype).mean() for name, value in passed[0].z.items()}
             )
-            total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
+            total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), dtype=torch.float32, device=self.device))
         return StepResult(d.steps_done, losses, total, active, d)
 
     def retire(self, tokens: Tensor) -> None:
@@ -446,7 +446,7 @@ class Trainer:
         tensors = {f"decomposition.{name}": value for name, value in d.state().items()}
         for index, parameter in enumerate(d.parameters()):
             if not (slots := self.optimiser.state[parameter]):
-                slots["step"] = torch.zeros((), device=parameter.device)
+                slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             tensors |= {f"optimiser.{index}.{slot}": value for slot, value in slots.items()}
         tensors |= {f"adversary.{name}": r for name, r in self.draw.sources.items()}

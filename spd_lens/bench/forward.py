@@ -37,7 +37,10 @@ def bench_forward(
     config = SPDConfig(subcomponents=subcomponents, importance="scalar", gate_width=1, init="random", steps=0)
     decomposition = decompose(target, tokens, config, progress=False)
     generator = torch.Generator().manual_seed(0)
-    masks = {name: torch.rand(batch, length, subcomponents, generator=generator, device="cpu").to(device) for name in decomposition.sites}
+    masks = {
+        name: torch.rand(batch, length, subcomponents, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        for name in decomposition.sites
+    }
     idle = [(name, _nothing) for name, _ in decomposition.hooks(masks)]
     works: dict[str, Work] = {
         "plain": lambda: target(tokens, return_type="logits"),

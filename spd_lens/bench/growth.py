@@ -49,8 +49,8 @@ def bench_length(
 
 def _attention(length: int, batch: int, subcomponents: int, sites: int, d_in: int, gate_width: int, device: str) -> Any:
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(batch, length, d_in, generator=generator, device=device)
-    inner = x @ torch.randn(d_in, subcomponents, generator=generator, device=device)
+    x = torch.randn(batch, length, d_in, generator=generator, dtype=torch.float32, device=device)
+    inner = x @ torch.randn(d_in, subcomponents, generator=generator, dtype=torch.float32, device=device)
     gates = [build_importance("attention", x, inner, gate_width, 1.0, 0.3, length, True, generator) for _ in range(sites)]
     gradient = torch.randn_like(inner)
 

@@ -87,7 +87,7 @@ def sequences(many: int, generator: torch.Generator) -> Sequences:
     s1 = torch.randint(CONTEXT - 2, (many,), generator=generator, device=device)
     tokens[rows, s1] = SPECIAL
     tokens[:, -1] = SPECIAL
-    others = torch.rand(many, CONTEXT, generator=generator, device=device)
+    others = torch.rand(many, CONTEXT, generator=generator, dtype=torch.float32, device=device)
     for taken in (s1, s1 + 1, torch.full_like(s1, CONTEXT - 1)):
         others[rows, taken] = -1.0
     positions = {"s1": s1, "m": s1 + 1, "s2": torch.full_like(s1, CONTEXT - 1), "random": others.argmax(1)}
@@ -128,7 +128,7 @@ def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
 
 def _give_shortformer_positions(model: Any) -> None:
     """TransformerBridge has no shortformer positions: zero its own, and add learned ones to what W_Q and W_K read."""
-    positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH, device="cpu"))
+    positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH, dtype=torch.float32, device="cpu"))
     model.original_model.register_parameter("shortformer_positions", positions)
 
     def add(x: Tensor, hook: Any) -> Tensor:
