@@ -46,9 +46,10 @@ class Components(nn.Module):
     @torch.no_grad()
     def close(self, weight: Float[Tensor, "d_in d_out"]) -> None:
         """Make `V·U = W` exact by the least change of U, `U += V⁺·(W - V·U)`, where V spans everything that W reads."""
-        V, delta = double(self.V), double(self.delta(weight))
+        V, W = double(self.V), double(weight)
+        delta = W - V @ double(self.U)  # in double, whatever float32 products are rounded to
         change = torch.linalg.pinv(V) @ delta
-        if float((delta - V @ change).norm()) <= SPANS * float(weight.norm()):
+        if float((delta - V @ change).norm()) <= SPANS * float(W.norm()):
             self.U += back(change, self.U)
 
     def __repr__(self) -> str:

@@ -118,7 +118,7 @@ class Decomposition(Tabular):
         def keep(name: str) -> Rewrite:
             return lambda passage: inputs.__setitem__(name, passage.x)
 
-        with recorded(self.model) as blocks, compared_only(self.model, positions):
+        with alone(self.model), recorded(self.model) as blocks, compared_only(self.model, positions):
             logits = self._forward(tokens, {name: keep(name) for name in self.sites})
         return Trace(tokens, compared(logits, positions), {name: inputs[name] for name in self.sites}, blocks)
 
@@ -179,7 +179,7 @@ class Decomposition(Tabular):
             return all_rows if name in shared else some
 
         before = repeated(clean.blocks[layer - 1], len(tokens), many) if layer else None
-        with resumed(self.model, before, layer), compared_only(self.model, positions):
+        with alone(self.model), resumed(self.model, before, layer), compared_only(self.model, positions):
             logits = self._forward(tokens.repeat(many, 1), {name: rewrite(name) for name in names}, replacing=shared)
         return compared(logits, positions).unflatten(0, (many, -1))
 
@@ -426,14 +426,14 @@ class Decomposition(Tabular):
             return rewrite
 
         self._check_device()
-        with rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
+        with alone(self.model), rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
             logits = self.model(tokens, return_type="logits")
         for name in rewrites:
             if name not in reached:
                 raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")
         return logits
 
-    @steady()
+    @steady(shared=True)
     def _shown(self) -> Shown:
         rows = {
             name: {"d_in": site.d_in, "d_out": site.d_out, "subcomponents": self.components[name].C,
@@ -444,7 +444,7 @@ class Decomposition(Tabular):
                      pd.DataFrame.from_dict(rows, orient="index").rename_axis("site"),
                      "Left to the delta: share of the matrix's squared norm in W - V·U. What is active: census and verify(decomposition, tokens).")  # fmt: skip
 
-    @steady()
+    @steady(shared=True)
     def share_left(self, name: str) -> float:
         """Share of a matrix's squared norm that V·U leaves: `‖W - V·U‖²/‖W‖²`."""
         weight = self.sites[name].weight

@@ -28,13 +28,14 @@ TICK = 0.1  # seconds between two looks at whose turn it is
 
 
 def steady(
-    gradients: bool | None = False, lasting: str | None = None
+    gradients: bool | None = False, lasting: str | None = None, shared: bool = False
 ) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:  # fmt: skip
     """Of a function: outside of `inference_mode`, without autocast, the model for this thread alone.
 
     Args:
         gradients: on or off while it runs; None: as they are (off in `inference_mode`).
         lasting: as in `alone`.
+        shared: no pass is run and nothing is read that one changes: other threads may go on.
 
     Raises:
         SPDError: gradients are needed of what was made in `inference_mode`, or as in `alone`.
@@ -54,7 +55,8 @@ def steady(
                     stack.enter_context(torch.enable_grad() if gradients else torch.no_grad())
                 if model is not None:
                     stack.enter_context(_exact_products(model))
-                    stack.enter_context(alone(model, lasting))
+                    if not shared:
+                        stack.enter_context(alone(model, lasting))
                     if gradients:
                         _expect_differentiable(model)
                 return function(*map(_tracked, args), **{key: _tracked(value) for key, value in kwargs.items()})  # pyright: ignore

@@ -125,7 +125,7 @@ class _Visit:
         wire, site = self.wire, self.wire.site
         if self.read is None:
             raise SPDError(f"{site.name}: its output was computed before its input was seen; this model does not run the "
-                           "block as TransformerLens describes it, so the site cannot be decomposed.")  # fmt: skip
+                           "block as TransformerLens describes it, so the site cannot be decomposed; or two threads run it at once.")  # fmt: skip
         read = self.read
         bias = site.bias if wire.bias_in_output and not wire.result_by_head else None
         if wire.result_by_head:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import spd_lens
-from spd_lens import Decomposition, SPDConfig, SPDError, answer_logit
+from spd_lens import Decomposition, SPDConfig, SPDError, answer_logit, viz
 from spd_lens.guards import reproducible
 from spd_lens.report import decomposition_page
 from spd_lens.tasks import induction
@@ -88,6 +88,7 @@ class World:
         self.masks = {name: torch.full((), 0.5) for name in d.sites}
         self.saved = d.save(folder / "saved")
         self.chosen = {IN: [0, 3], OUT: [1]}
+        self.hooks = d.ablate(self.chosen)
 
     def after(self, hooks):
         """The model's logits with hooks, with gradients all the way: what was made in a mode is used outside."""
@@ -144,6 +145,7 @@ CALLS = {  # name → what is called in the mode, and what is looked at outside 
         None,
     ),
     "cut_costs": (lambda w: spd_lens.cut_costs(w.d, w.tokens, w.chosen), None),
+    "output_change": (lambda w: viz.output_change(w.model, w.tokens[:1], w.hooks).to_json(), None),
     "circuit_graph": (lambda w: spd_lens.circuit_graph(w.d, w.tokens[:1], answer_logit(3), 4, 6), None),
     "token_labels": (lambda w: spd_lens.token_labels(w.model, w.tokens[0]), None),
     "write_report": (lambda w: decomposition_page(w.d, w.tokens, most=4), None),  # which writes this page
@@ -367,6 +369,7 @@ def test_another_thread_is_told_of_what_lasts(world):
     d, tokens = world.d, world.tokens
     with d.attached():
         d.observe(tokens)  # this thread may
+        assert isinstance(in_thread(lambda: repr(d)), str)  # runs nothing
         error = in_thread(lambda: spd_lens.census(d, tokens))
         assert isinstance(error, SPDError) and "the model is attached" in str(error) and "in another thread" in str(error)
     same(in_thread(lambda: d.observe(tokens).logits), d.observe(tokens).logits)

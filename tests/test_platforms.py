@@ -1,9 +1,11 @@
 """Platforms that the tests do not run on, by their rules: Windows' files, Apple's GPUs, which have no float64."""
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import spd_lens
-from spd_lens import Decomposition, SPDConfig, SPDError, decompose
+from spd_lens import Decomposition, SPDConfig, SPDError, cli, decompose
 from spd_lens.bench import bench_length
 from spd_lens.bench import measure as bench
 from spd_lens.guards import back, double
@@ -125,6 +127,16 @@ def test_the_command_line_is_there_and_the_bench_says_what_is_missing(monkeypatc
     scope = {"__name__": "again"}
     exec(compile(source, "measure", "exec"), scope)
     assert scope["resource"] is None
+
+
+def test_a_table_goes_into_a_pipe_of_another_encoding(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    said = SimpleNamespace(call=lambda options, console: console.print("KL(original ‖ masked) δ"))
+    monkeypatch.setattr(cli, "_parser", lambda: SimpleNamespace(parse_args=lambda arguments: said))
+    monkeypatch.setattr("sys.stdout", out)
+    cli.main([])
+    out.flush()
+    assert out.buffer.getvalue().strip() == b"KL(original ? masked) ?"
 
 
 # --- Apple's GPUs ---
