@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spd_lens.decomposition import Decomposition
+from spd_lens.guards import steady
 from spd_lens.metrics import CHEAT, Census, Verification, census, verify
 
 UNFAITHFUL = 0.1  # of a matrix's squared norm
@@ -39,6 +40,7 @@ class Advice:
         return f"{self.seen} {self.mend}"
 
 
+@steady()
 def advise(
     d: Decomposition, tokens: Any, counted: Census | None = None, checked: Verification | None = None, attention_mask: Any = None
 ) -> list[Advice]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
+from spd_lens.guards import steady
 from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
 
@@ -44,6 +45,7 @@ class PairAttention:
         return f"PairAttention of layer {self.layer} on {len(self.labels)} tokens: {', '.join(f'Q·{q} × K·{k}' for q, k in self.pairs)}"
 
 
+@steady()
 @torch.no_grad()
 def pair_attention(
     d: Decomposition, tokens: Any, layer: int, pairs: Sequence[tuple[int, int]] | None = None, attention_mask: Any = None
@@ -83,10 +85,7 @@ def pair_attention(
 
     full, heads, alone = pattern(None), [], []
     for q, k in pairs:
-        masks = {
-            name: torch.nn.functional.one_hot(torch.tensor(c), d.components[name].C).to(tokens.device).float()
-            for name, c in ((query, q), (key, k))
-        }
+        masks = {name: torch.eye(d.components[name].C, dtype=torch.float32, device=tokens.device)[c] for name, c in ((query, q), (key, k))}
         heads.append(int(_scored(d, tokens, query, key, q, k).argmax()))
         alone.append(pattern(masks)[heads[-1]])
     return PairAttention(

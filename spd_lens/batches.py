@@ -171,8 +171,8 @@ def _collated(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     if name is None:
         raise SPDError(f"the dataset has the columns {', '.join(rows[0])}; token ids are looked for in {' or '.join(IDS)}. Tokenise it first: "
                        "transformer_lens.utilities.tokenize_and_concatenate(dataset, model.tokenizer, max_length=model.cfg.n_ctx).")  # fmt: skip
-    ids = [torch.as_tensor(row[name]) for row in rows]
-    real = [torch.as_tensor(row.get("attention_mask", torch.ones_like(one))) for row, one in zip(rows, ids)]
+    ids = [torch.as_tensor(row[name], device="cpu") for row in rows]
+    real = [torch.as_tensor(row.get("attention_mask", torch.ones_like(one)), device="cpu") for row, one in zip(rows, ids)]
 
     def padded(sequences: list[Tensor]) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)

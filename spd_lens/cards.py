@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from spd_lens.decomposition import Decomposition
+from spd_lens.guards import steady
 from spd_lens.interventions import One, choice
 from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
@@ -95,6 +96,7 @@ def ever_active(d: Decomposition, tokens: Any, attention_mask: Any = None) -> di
     return {name: torch.nonzero(times).flatten().tolist() for name, times in times_active(d, tokens, attention_mask).items()}
 
 
+@steady()
 def times_active(d: Decomposition, tokens: Any, attention_mask: Any = None) -> dict[str, Int[Tensor, " C"]]:
     """Site → at how many positions of the tokens `[N, s]` each subcomponent has g > 0.5."""
     tokens = d.batch(tokens, attention_mask)
@@ -105,6 +107,7 @@ def times_active(d: Decomposition, tokens: Any, attention_mask: Any = None) -> d
     return times
 
 
+@steady()
 def describe(
     d: Decomposition, tokens: Any, chosen: Any = None, most: int = 8, progress: bool = False, attention_mask: Any = None
 ) -> list[Card]:
@@ -160,7 +163,7 @@ class _Seen:
 @torch.no_grad()
 def _looked_at(d: Decomposition, tokens: Batch, wanted: Mapping[str, Sequence[int]], most: int, progress: bool) -> dict[One, _Seen]:
     places: dict[One, list[tuple[float, int, int]]] = {(name, c): [] for name in wanted for c in wanted[name]}
-    counts = {one: torch.zeros(BINS) for one in places}
+    counts = {one: torch.zeros(BINS, dtype=torch.float32, device="cpu") for one in places}
     sums, active = dict.fromkeys(places, 0.0), dict.fromkeys(places, 0)
     together, s = rows_at_once(d.model, tokens.shape[1], ROWS), tokens.shape[1]
     batches = tokens.split(together)

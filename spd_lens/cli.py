@@ -1,6 +1,7 @@
 """`spd-lens`: parse, call, print."""
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -29,6 +30,9 @@ WIDTH = 110
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # Windows' own encodings lack ‖ and →: a mark in a table is not worth the run
     options = _parser().parse_args(arguments)
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:  # a log file has room for a table

@@ -91,7 +91,7 @@ def _induction_target(folder: Path, place: Path) -> Path | None:
     found = folder / "target.safetensors"
     if not found.exists():
         try:
-            seed = json.loads((place / "decomposition.json").read_text())["config"]["seed"]
+            seed = json.loads((place / "decomposition.json").read_text(encoding="utf-8"))["config"]["seed"]
         except (OSError, ValueError, KeyError, TypeError):  # Decomposition.load says what is wrong with it
             return None
         found = folder.parent / f"target-{seed}.safetensors"
@@ -101,7 +101,7 @@ def _induction_target(folder: Path, place: Path) -> Path | None:
 def _seconds(folder: Path) -> dict[str, float]:
     """What the run took, where it says so; what is measured anew is timed anew."""
     try:
-        found = json.loads((folder / "results.json").read_text())["seconds_by_part"]
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["seconds_by_part"]
         return {part: float(seconds) for part, seconds in found.items() if part != "measuring"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

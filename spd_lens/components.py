@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spd_lens.errors import SPDError
+from spd_lens.guards import back, double
 from spd_lens.schema import brief
 from spd_lens.sites import Passage, Site
 
@@ -50,10 +51,11 @@ class Components(nn.Module):
     @torch.no_grad()
     def close(self, weight: Float[Tensor, "d_in d_out"]) -> None:
         """Make `V·U = W` exact by the least change of U, `U += V⁺·(W - V·U)`, where V spans everything that W reads."""
-        V, delta = self.V.double(), self.delta(weight).double()
+        V, W = double(self.V), double(weight)
+        delta = W - V @ double(self.U)  # in double, whatever float32 products are rounded to
         change = torch.linalg.pinv(V) @ delta
-        if (delta - V @ change).norm() <= SPANS * weight.norm():
-            self.U += change.to(self.U)
+        if float((delta - V @ change).norm()) <= SPANS * float(W.norm()):
+            self.U += back(change, self.U)
 
     def __repr__(self) -> str:
         return f"Components(V {list(self.V.shape)}, U {list(self.U.shape)})"
@@ -74,9 +76,9 @@ def masked_output(
     """
     x = passage.source
     inner = components.inner(x) if inner is None else inner
-    output = (inner * mask.to(inner.dtype)) @ components.U
+    output = (inner * mask.to(inner)) @ components.U
     if isinstance(delta, Tensor) or delta != 0:
-        output = output + delta * (x @ components.delta(site.weight))
+        output = output + (delta.to(x) if isinstance(delta, Tensor) else delta) * (x @ components.delta(site.weight))
     return passage.biased(output)
 
 
@@ -129,7 +131,7 @@ def initialise(site: Site, C: int, kind: str, generator: torch.Generator, factor
             for shape in ((site.d_in, C), (C, site.d_out))
         )
         return Components(scale * V, scale * U)
-    rank = int(torch.linalg.matrix_rank(weight.double(), rtol=1e-5))
+    rank = int(torch.linalg.matrix_rank(double(weight), rtol=1e-5))
     if rank > C:
         warnings.warn(f"{site.name}: {C} subcomponents for a matrix of rank {rank} leave a part of it to the delta. "
                       f"Give subcomponents={rank} or more for an exact decomposition.", stacklevel=3)  # fmt: skip
@@ -144,15 +146,15 @@ def _filled(site: Site, C: int, V: Tensor, U: Tensor, generator: torch.Generator
         return torch.randn(*shape, generator=generator, dtype=weight.dtype, device=weight.device)
 
     spread, beyond = float(weight.norm()) ** 0.5 * NOISE, max(0, C - len(U))
-    V = torch.cat([V[:, :C].to(weight), spread * noise(site.d_in, beyond) / site.d_in**0.5], 1)
-    U = torch.cat([U[:C].to(weight), spread * noise(beyond, site.d_out) / site.d_out**0.5], 0)
+    V = torch.cat([back(V[:, :C], weight), spread * noise(site.d_in, beyond) / site.d_in**0.5], 1)
+    U = torch.cat([back(U[:C], weight), spread * noise(beyond, site.d_out) / site.d_out**0.5], 0)
     return Components(V, U)
 
 
 def weighted_svd(weight: Float[Tensor, "d_in d_out"], factors: Factors | None) -> tuple[Float[Tensor, "d_in r"], Float[Tensor, "r d_out"]]:
     """V and U in double, `r = min(d_in, d_out)`, with `V·U = W` exactly. The first k lose the least of `tr(A·Δ·G·Δᵀ)`, where Δ is what the
     others would have added, A and G the factors (the identity where none are given). `v_c` and `u_c` have the same norm."""
-    W = weight.double()
+    W = double(weight)
     if factors is None:
         (root_a, inverse_a), (root_g, inverse_g) = ((torch.eye(d, dtype=W.dtype, device=W.device),) * 2 for d in W.shape)
     else:
@@ -195,12 +197,12 @@ def targeted(site: Site, C: int, target: Target, generator: torch.Generator) -> 
     3. The terms are rotated to simple structure: each is read at few positions (`varimax`). The outputs of two prompts then belong to
        different subcomponents wherever what is read there differs.
     """
-    weights = target.weights.double() / target.weights.double().mean().clamp_min(1e-300)
-    W, seen, B = site.weight.double(), weights.sqrt()[:, None] * target.rows.double(), target.background.double()
+    weights = double(target.weights) / double(target.weights).mean().clamp_min(1e-300)
+    W, seen, B = double(site.weight), weights.sqrt()[:, None] * double(target.rows), double(target.background)
     A = seen.T @ seen / len(seen)
     damping = DAMPING * B.diagonal().mean().clamp_min(1e-300) * torch.eye(len(B), dtype=B.dtype, device=B.device)
     filtered = torch.linalg.solve(A + BACKGROUND * (B + damping), A @ W)
-    root, inverse = _roots(target.output.double())
+    root, inverse = _roots(double(target.output))
     _, singular, right = torch.linalg.svd(seen @ filtered @ root, full_matrices=False)
     many = min(C, int((singular > SPANS * singular[0].clamp_min(1e-300)).sum()))
     V, U = filtered @ root @ right[:many].T, right[:many] @ inverse

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spd_lens.components import Factors, Target
 from spd_lens.decomposition import Decomposition
+from spd_lens.guards import double
 from spd_lens.sites import Passage, Rewrite
 from spd_lens.tokens import Batch
 
@@ -42,7 +43,7 @@ def sensitivities(
 
     with torch.enable_grad():
         logits = batch.compared(d._forward(batch, {name: watch(name) for name in d.sites}), d.config.output_positions)
-        log_p = logits.float().log_softmax(-1)
+        log_p = logits.log_softmax(-1)
         log_p = log_p.flatten(0, -2) if d.config.output_positions == "last" else batch.rows(log_p)
         drawn = torch.multinomial((log_p.detach() / TEMPERATURE).softmax(-1), 1, generator=generator)
         gradients = torch.autograd.grad(log_p.gather(-1, drawn).sum(), list(changes.values()))
@@ -55,7 +56,7 @@ def factors(d: Decomposition, tokens: Batch | Tensor, generator: torch.Generator
     for some in Batch.of(tokens).split(rows):
         inputs, gradients = sensitivities(d, some, generator)
         for name in d.sites:
-            x, g = inputs[name].flatten(0, 1).double(), gradients[name].flatten(0, 1).double()
+            x, g = double(inputs[name].flatten(0, 1)), double(gradients[name].flatten(0, 1))
             A, G = (x * g.square().sum(-1, keepdim=True)).T @ x, (g * x.square().sum(-1, keepdim=True)).T @ g
             before = sums.get(name)
             sums[name] = (A, G) if before is None else (before[0] + A, before[1] + G)
@@ -73,12 +74,12 @@ def targets(
     moments: dict[str, Tensor] = {}
     for some in other.split(rows):
         for name, x in d.trace(some).inputs.items():
-            x = some.rows(x).double()
+            x = double(some.rows(x))
             moments[name] = moments.get(name, 0.0) + x.T @ x / other.numel
     found = {}
     for name in d.sites:
-        x, g = prompts.rows(inputs[name]), prompts.rows(gradients[name]).double()
-        G = (g * x.double().square().sum(-1, keepdim=True)).T @ g
+        x, g = prompts.rows(inputs[name]), double(prompts.rows(gradients[name]))
+        G = (g * double(x).square().sum(-1, keepdim=True)).T @ g
         found[name] = Target(x, g.square().sum(-1), G, moments[name])
     return found
 

@@ -20,6 +20,7 @@ from spd_lens.attachment import Attachment, guarded, rewritten
 from spd_lens.components import Components, check_delta, check_mask, masked_output
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import alone, steady
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
@@ -100,6 +101,7 @@ class Decomposition(Tabular):
 
     # --- looking ---
 
+    @steady()
     def observe(self, tokens: TokensLike, attention_mask: Any = None) -> Observation:
         """One clean pass: the original logits, and per site the inner activations and causal importances.
 
@@ -111,7 +113,7 @@ class Decomposition(Tabular):
         inner, importances = ({name: batch.given(value) for name, value in of.items()} for of in (seen.inner, seen.importances))
         return Observation(batch.given(seen.logits), inner, importances, None if batch.real is None else batch.given(batch.real))
 
-    @torch.no_grad()
+    @steady()
     def look(self, tokens: Batch | Tensor) -> Observation:
         """`observe` in the layout of a `Batch`: every sequence begins at position 0."""
         batch = Batch.of(tokens)
@@ -135,7 +137,7 @@ class Decomposition(Tabular):
         def keep(name: str) -> Rewrite:
             return lambda passage: inputs.__setitem__(name, passage.x)
 
-        with recorded(self.model) as blocks, compared_only(self.model, batch, positions):
+        with alone(self.model), recorded(self.model) as blocks, compared_only(self.model, batch, positions):
             logits = self._forward(batch, {name: keep(name) for name in self.sites})
         return Trace(batch, batch.compared(logits, positions), {name: inputs[name] for name in self.sites}, blocks)
 
@@ -147,6 +149,7 @@ class Decomposition(Tabular):
 
     # --- running ---
 
+    @steady(gradients=None)
     def run(
         self, tokens: TokensLike, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0, attention_mask: Any = None
     ) -> Float[Tensor, "b s vocabulary"]:
@@ -212,7 +215,7 @@ class Decomposition(Tabular):
             return all_rows if name in shared else some
 
         before = repeated(clean.blocks[layer - 1], len(batch), many) if layer else None
-        with resumed(self.model, before, layer), compared_only(self.model, batch, positions):
+        with alone(self.model), resumed(self.model, before, layer), compared_only(self.model, batch, positions):
             logits = self._forward(batch.repeated(many), {name: rewrite(name) for name in names}, replacing=shared)
         return batch.compared(logits, positions).unflatten(0, (many, -1))
 
@@ -250,11 +253,17 @@ class Decomposition(Tabular):
             the model.
 
         Raises:
-            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites.
+            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites;
+                the model attached or being decomposed in another thread.
         """
+        with alone(self.model, "attached (`with decomposition.attached():`)"), self._attached(masks, delta) as model:
+            yield model
+
+    @contextmanager
+    def _attached(self, masks: Mapping[str, Tensor] | None, delta: float | int | Tensor | None) -> Iterator[Any]:
         delta = float(masks is None) if delta is None else delta
         if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
-            masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
+            masks = {name: torch.ones_like(c.V[0, 0]) for name, c in self.components.items()}
         self.check_masks({} if masks is None else masks, delta)
         if self._attachment is not None:
             with self._attachment.set_to(masks, delta):
@@ -271,6 +280,7 @@ class Decomposition(Tabular):
                 finally:
                     self._attachment = None
 
+    @steady(gradients=None)
     def run_with_cache(
         self, tokens: TokensLike, masks: Mapping[str, Tensor] | None = None, delta: float | int | Tensor | None = None,
         attention_mask: Any = None, **options: Any
@@ -287,7 +297,7 @@ class Decomposition(Tabular):
         self.check_masks({} if masks is None else masks, 0.0 if delta is None else delta, batch.shape)
         given = tokens if is_text(tokens) else batch.given(batch.ids)  # of texts the model itself makes tokens, as it does without us
         options = options if is_text(tokens) else {**batch.given_arguments, **options}
-        with self.attached(masks, delta):
+        with self._attached(masks, delta):
             return self.model.run_with_cache(given, **options)
 
     # --- changing the original weights ---
@@ -382,6 +392,7 @@ class Decomposition(Tabular):
 
     # --- keeping ---
 
+    @steady()
     def save(self, folder: str | Path) -> Path:
         """Write `decomposition.json` and `decomposition.safetensors` into `folder`; see `spd_lens.storage`."""
         from spd_lens.storage import save_decomposition
@@ -406,6 +417,7 @@ class Decomposition(Tabular):
         state |= {f"{name}.importance.{key}": value for name, g in self.gates.items() for key, value in g.state_dict().items()}
         return state
 
+    @steady()
     def batch(self, tokens: TokensLike, attention_mask: Any = None, **options: Any) -> Batch:
         """Checked tokens on the model's device, with their padding known; arguments as in `spd_lens.tokens.take_in`."""
         return take_in(self.model, tokens, attention_mask, **options)
@@ -466,14 +478,14 @@ class Decomposition(Tabular):
             return rewrite
 
         self._check_device()
-        with rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
+        with alone(self.model), rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
             logits = self.model(batch.ids, return_type="logits", **batch.model_arguments)
         for name in rewrites:
             if name not in reached:
                 raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")
         return logits
 
-    @torch.no_grad()
+    @steady(shared=True)
     def _shown(self) -> Shown:
         rows = {
             name: {"d_in": site.d_in, "d_out": site.d_out, "subcomponents": self.components[name].C,
@@ -484,6 +496,7 @@ class Decomposition(Tabular):
                      pd.DataFrame.from_dict(rows, orient="index").rename_axis("site"),
                      "Left to the delta: share of the matrix's squared norm in W - V·U. What is active: census and verify(decomposition, tokens).")  # fmt: skip
 
+    @steady(shared=True)
     def share_left(self, name: str) -> float:
         """Share of a matrix's squared norm that V·U leaves: `‖W - V·U‖²/‖W‖²`."""
         weight = self.sites[name].weight

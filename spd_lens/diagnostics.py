@@ -28,6 +28,7 @@ from torch import Tensor
 from spd_lens import masks
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import double, steady
 from spd_lens.sites import Site, find_sites
 from spd_lens.tokens import TokensLike
 
@@ -124,7 +125,7 @@ class Circuit:
         return f"Circuit on {len(self.tokens)} sequences of {self.tokens.shape[1]} tokens of a {self.decomposition!r}"
 
 
-@torch.no_grad()
+@steady()
 def read_circuit(decomposition: Decomposition, tokens: TokensLike, positions: Mapping[str, Given], answers: Given, special: int) -> Circuit:
     """Check that this is an induction circuit as the diagnostics mean it, and run the clean pass that they share.
 
@@ -304,7 +305,7 @@ def off_by_one(form: Float[Tensor, "i j"], rows: Int[Tensor, " r"]) -> tuple[flo
     return float((before > best).float().mean()), float((before - mean).mean())
 
 
-@torch.no_grad()
+@steady()
 def positional_alignment(circuit: Circuit) -> PositionalAlignment:
     """Step 1, from the inputs of Q0 and K0."""
     d, positions, rows = circuit.decomposition, circuit.positions, circuit.rows
@@ -364,7 +365,7 @@ class Match:
         return pd.DataFrame({name: value.tolist() for name, value in columns.items()}, index=index)
 
 
-@torch.no_grad()
+@steady()
 def match(circuit: Circuit) -> Match:
     """Step 2, from the inputs of Q1, K1 and V0."""
     d, (q, k, _) = circuit.decomposition, circuit.pairs(1)
@@ -429,7 +430,7 @@ class Copying:
         return pd.DataFrame({"own logit largest": self.own_logit_largest, "Σλ/Σ|λ|": self.eigenvalues}).rename_axis("V1")
 
 
-@torch.no_grad()
+@steady()
 def copying(circuit: Circuit) -> Copying:
     """Step 3, from the embeddings as W_V reads them in layer 0."""
     d, name = circuit.decomposition, "blocks.1.attn.W_V"
@@ -442,16 +443,16 @@ def copying(circuit: Circuit) -> Copying:
         logits = embedded @ matrix @ onward
         own = logits.diagonal()[:, None]
         largest[kind] = float(((logits >= own).sum(1) == 1)[usual].float().mean())  # none as large: no logits at all copy nothing
-        spectrum = torch.linalg.eigvals((matrix @ onward @ embedded).double())  # those of [vocabulary, vocabulary] that are not 0
+        spectrum = torch.linalg.eigvals(double(matrix @ onward @ embedded))  # those of [vocabulary, vocabulary] that are not 0
         eigenvalues[kind] = float(spectrum.real.sum() / spectrum.abs().sum().clamp_min(TINY))
-    sigma = torch.linalg.svdvals(whole.double())
+    sigma = torch.linalg.svdvals(double(whole))
     return Copying(values, largest, eigenvalues, float(sigma.sum() ** 2 / sigma.square().sum().clamp_min(TINY)))
 
 
 # --- 4: attention ---
 
 
-@torch.no_grad()
+@steady()
 def attention(circuit: Circuit) -> dict[str, dict[str, float]]:
     """`m→s1` (layer 0) and `s2→m` (layer 1): mean attention of the `original` model and under `hard` masks."""
     hard = {name: on.to(circuit.inner[name].dtype) for name, on in circuit.active.items()}
@@ -538,7 +539,7 @@ class Interventions:
         return self.table().to_string(float_format="%.3f")
 
 
-@torch.no_grad()
+@steady()
 def intervene(
     circuit: Circuit, generator: torch.Generator, draws: int = 4, mechanisms: Mapping[str, Sequence[str]] = MECHANISMS
 ) -> Interventions:
@@ -573,7 +574,9 @@ def _drawn(pool: Pairs, many: int, draws: int, generator: torch.Generator) -> li
         return []
     if comb(len(pool), many) <= draws:  # 0 where the pool is too small
         return list(combinations(pool, many))
-    return [[pool[i] for i in torch.randperm(len(pool), generator=generator)[:many].tolist()] for _ in range(draws)]
+    return [
+        [pool[i] for i in torch.randperm(len(pool), generator=generator, device=generator.device)[:many].tolist()] for _ in range(draws)
+    ]
 
 
 def _by_site(pairs: Pairs) -> dict[str, list[int]]:
@@ -634,6 +637,7 @@ class Diagnosis:
         return "\n\n".join(table.to_string(float_format="%.3f") for table in tables)
 
 
+@steady()
 def diagnose(
     decomposition: Decomposition, tokens: TokensLike, positions: Mapping[str, Given], answers: Given, special: int,
     seed: int = 0, draws: int = 4,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
-from spd_lens.guards import frozen
+from spd_lens.guards import frozen, steady
 from spd_lens.labels import token_labels
 from spd_lens.masks import THRESHOLD
 from spd_lens.patching import Metric, _adding, ablation_effects, attribution
@@ -71,6 +71,7 @@ class CircuitGraph:
         )
 
 
+@steady(gradients=True)
 def circuit_graph(
     d: Decomposition, tokens: Any, metric: Metric, most_nodes: int = 40, most_edges: int = 80, attention_mask: Any = None
 ) -> CircuitGraph:
@@ -127,9 +128,7 @@ def _edges(d: Decomposition, batch: Batch, metric: Metric, nodes: pd.DataFrame) 
     worth = {key: -effect / a if (a := inner[key]) else 0.0 for key, effect in zip(keys, nodes["exact"])} | {OUTPUT: 1.0}
     clean: dict[str, Tensor] = {}
     with torch.enable_grad(), frozen(d.model):
-        leaves = {
-            name: torch.zeros(1, batch.shape[1], site.d_out, device=batch.device, requires_grad=True) for name, site in d.sites.items()
-        }
+        leaves = {name: site.weight.new_zeros(1, batch.shape[1], site.d_out, requires_grad=True) for name, site in d.sites.items()}
         read: dict[str, Tensor] = {}
 
         def held(name: str) -> Rewrite:
@@ -182,7 +181,7 @@ def _lost(
         read: dict[str, Tensor] = {}
 
         def held(name: str, some: Sequence[Node] = some, read: dict[str, Tensor] = read) -> Rewrite:
-            taken = torch.zeros(len(some), batch.shape[1], d.sites[name].d_out, device=batch.device)
+            taken = clean[name].new_zeros(len(some), batch.shape[1], d.sites[name].d_out)
             for row, (site, c, p) in enumerate(some):
                 if site == name:
                     taken[row, p] = -inner[site, c, p] * d.components[site].U[c]
@@ -206,9 +205,7 @@ def _lost(
 @torch.no_grad()
 def _whole(d: Decomposition, batch: Batch, metric: Metric, nodes: pd.DataFrame) -> tuple[float, float]:
     """The metric with the nodes alone, and without them."""
-    masks: dict[str, Float[Tensor, "1 s C"]] = {
-        name: torch.zeros(1, batch.shape[1], c.C, device=batch.device) for name, c in d.components.items()
-    }
+    masks: dict[str, Float[Tensor, "1 s C"]] = {name: c.V.new_zeros(1, batch.shape[1], c.C) for name, c in d.components.items()}
     for name, c, p in _keys(nodes):
         masks[name][0, p, c] = 1
     hooks = [hook for name, c, p in _keys(nodes) for hook in d.ablate({name: [c]}, positions=[p])]

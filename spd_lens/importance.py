@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LEAK = 0.01
+DRAWN = torch.float32  # parameters are drawn in it, whatever the default and the model are: the same seed gives the same start
 RETIRED = -1.0  # the logit of what is never active again
 CHUNK = 1 << 19  # hidden activations worked on at once: 2 MiB of float32, about what a core holds in its cache
 CUDA_CHUNK = 1 << 26  # a GPU wants them by the 256 MiB
@@ -141,7 +142,7 @@ class Importance(nn.Module):
 
     def __init__(self, C: int):
         super().__init__()
-        self.register_buffer("alive", torch.ones(C))
+        self.register_buffer("alive", torch.ones(C, dtype=DRAWN))
 
     def logits(
         self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None,
@@ -163,13 +164,14 @@ class Importance(nn.Module):
     def _some(self) -> Tensor | None:
         """Indices of those alive, None for all; looked up anew when `alive` was written to."""
         if self._known is None or self._known[0] != self.alive._version:
-            some = torch.nonzero(self.alive).flatten()
+            with torch.inference_mode(False):  # it is kept, and may be wanted where there are gradients
+                some = torch.nonzero(self.alive).flatten()
             self._known = (self.alive._version, None if len(some) == len(self.alive) else some)
         return self._known[1]
 
 
 def _gaussian(*shape: int, scale: float, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(scale * torch.randn(*shape, generator=generator))
+    return nn.Parameter(scale * torch.randn(*shape, generator=generator, dtype=DRAWN))
 
 
 class _MLPs(nn.Module):
@@ -178,9 +180,9 @@ class _MLPs(nn.Module):
     def __init__(self, d: int, C: int, width: int, bias: float, generator: torch.Generator):
         super().__init__()
         self.w1 = _gaussian(d, C, width, scale=d**-0.5, generator=generator)
-        self.b1 = nn.Parameter(torch.zeros(C, width))
+        self.b1 = nn.Parameter(torch.zeros(C, width, dtype=DRAWN))
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
-        self.b2 = nn.Parameter(torch.full((C,), bias))
+        self.b2 = nn.Parameter(torch.full((C,), bias, dtype=DRAWN))
 
     def forward(self, some: Tensor | None, *inputs: Float[Tensor, "b s _"]) -> Float[Tensor, "b s k"]:
         w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
@@ -202,7 +204,7 @@ class ScalarImportance(Importance):
         self.w1 = _gaussian(C, width, scale=1.0, generator=generator)
         self.b1 = _gaussian(C, width, scale=1.0, generator=generator)
         self.w2 = _gaussian(C, width, scale=0.3 * width**-0.5, generator=generator)
-        self.b2 = nn.Parameter(torch.full((C,), bias))
+        self.b2 = nn.Parameter(torch.full((C,), bias, dtype=DRAWN))
 
     def logits(
         self, x: Float[Tensor, "b s d_in"], inner: Float[Tensor, "b s C"], some: Int[Tensor, " k"] | None,
@@ -251,7 +253,7 @@ class AttentionImportance(Importance):
         self.context, self.causal = context, causal
         self.register_buffer("scale", scale)
         self.W_Q, self.W_K, self.W_V = (_gaussian(d_in, width, scale=d_in**-0.5, generator=generator) for _ in range(3))
-        distance = torch.arange(context if causal else 2 * context - 1, dtype=torch.float32)
+        distance = torch.arange(context if causal else 2 * context - 1, dtype=DRAWN)
         distance = distance if causal else (distance - (context - 1)).abs()
         self.relative = nn.Parameter(-decay * width**0.5 * distance)  # r: divided by √d_k with the scores
         self.absolute = _gaussian(context, width, scale=0.1, generator=generator)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import back, double, steady
 from spd_lens.masks import THRESHOLD
 from spd_lens.sites import Hook, Passage, Rewrite, layout_of, model_device
 from spd_lens.visits import rewrite_hooks
@@ -42,7 +43,7 @@ class Change:
         return (x @ self.V.to(x.dtype)) @ self.U.to(x.dtype)
 
     def weight(self, weight: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_in d_out"]:
-        return (weight.double() + self.V.double() @ self.U.double()).to(weight.dtype)
+        return back(double(weight) + double(self.V) @ double(self.U), weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,18 +109,21 @@ def where(model: Any, positions: Any, examples: Any, strength: Any) -> Where:
     return Where(positions, None if examples is None else _integers(examples, "examples"), float(strength))
 
 
+@steady()
 def ablate(d: "Decomposition", chosen: Any, positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
     """See `Decomposition.ablate`."""
     here = where(d.model, positions, examples, strength)
     return _hooks(d, _rewired(d, chosen, (), {}), here)
 
 
+@steady()
 def keep(d: "Decomposition", chosen: Any, positions: Any = None, examples: Any = None, strength: Any = 1.0) -> list[Hook]:
     """See `Decomposition.keep`."""
     others = {name: sorted(set(range(d.components[name].C)) - set(kept)) for name, kept in choice(d, chosen).items()}
     return ablate(d, others, positions, examples, strength)
 
 
+@steady()
 def project_out(
     d: "Decomposition", chosen: Any, side: Any = "input", positions: Any = None, examples: Any = None, strength: Any = 1.0
 ) -> list[Hook]:
@@ -131,19 +135,21 @@ def project_out(
     changes: dict[str, Change] = {}
     for name, index in choice(d, chosen).items():
         components = d.components[name]
-        Q = span(components.V[:, index] if side == "input" else components.U[index].T)
+        weight, Q = d.sites[name].weight, span(components.V[:, index] if side == "input" else components.U[index].T)
         if side == "input":
-            changes[name] = Change(Q, -Q.T @ d.sites[name].weight.to(Q))
+            changes[name] = Change(back(Q, weight), back(-Q.T @ double(weight), weight))
         else:
-            rewrites[name] = _without(Q, here)
+            rewrites[name] = _without(back(Q, weight), here)
     return _hooks(d, changes, here) + _attachable(d, rewrites, here)
 
 
+@steady()
 def rewire(d: "Decomposition", swap_outputs: Any = (), set_output: Any = None, calibrate_on: Any = None) -> list[Hook]:
     """See `Decomposition.rewire`."""
     return _hooks(d, _rewired(d, {}, swap_outputs, set_output or {}, calibrate_on), Where(None, None, 1.0))
 
 
+@steady()
 def edited_model(
     d: "Decomposition",
     remove: Any = None,
@@ -177,13 +183,13 @@ def choice(d: "Decomposition", chosen: Any) -> dict[str, list[int]]:
 @torch.no_grad()
 def span(directions: Float[Tensor, "d k"]) -> Float[Tensor, "d r"]:
     """An orthonormal basis of what the columns span, in double; zero and dependent columns add nothing to it."""
-    columns = directions.detach().double()
+    columns = double(directions.detach())
     columns = columns[:, columns.norm(dim=0) > 0]
     left, singular, _ = torch.linalg.svd(columns / columns.norm(dim=0), full_matrices=False)
     return left[:, singular > DEPENDENT]
 
 
-@torch.no_grad()
+@steady()
 def peaks(d: "Decomposition", tokens: Any) -> dict[str, Float[Tensor, " C"]]:
     """Site → every subcomponent's inner activation, with its sign, where it is active and importance times activation is largest; else 0."""
     observed = d.look(d.batch(tokens))
@@ -322,7 +328,7 @@ def _direction(d: "Decomposition", at: tuple[str, int], value: Any) -> Tensor:
         column = _unembedding(d, name, value).to(u)
         return column * (u.norm() / column.norm())
     try:
-        vector = torch.as_tensor(value).to(u)
+        vector = torch.as_tensor(value, dtype=u.dtype, device=u.device)
     except (TypeError, ValueError, RuntimeError):
         raise SPDError(
             f"{name}, {index}: {type(value).__name__} is no output; give a vector [{site.d_out}], a token's id or its text."

@@ -131,6 +131,6 @@ def one_at_a_time(names: Sequence[str], draw: Draw) -> list[list[str]]:
 
 def random_subset(names: Sequence[str], draw: Draw) -> list[list[str]]:
     """Partial (arXiv 2511.08854, section 3): each site with probability ½, at least one."""
-    coins = torch.rand(len(names), generator=draw.generator, device=draw.generator.device)
+    coins = torch.rand(len(names), generator=draw.generator, dtype=torch.float32, device=draw.generator.device)
     chosen = [name for name, coin in zip(names, coins.tolist()) if coin < 0.5]
     return [chosen or [names[int(coins.argmin())]]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from spd_lens import masks
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
-from spd_lens.guards import frozen
+from spd_lens.guards import frozen, steady
 from spd_lens.losses import kl_divergence, mean_squared_delta
 from spd_lens.schema import brief, plain
 from spd_lens.suffix import rows_at_once
@@ -65,6 +65,7 @@ class Census(Tabular):
                      f"{self.total} distinct; a count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
 
 
+@steady()
 def census(
     decomposition: Decomposition,
     tokens: TokensLike,
@@ -180,6 +181,7 @@ CHEAT = ("The count is not to be trusted: stochastic masks are survived and hard
          "count as inactive. Train longer with masks='mixed', or with smaller weights on price and minimality.")  # fmt: skip
 
 
+@steady(gradients=True)
 def verify(
     decomposition: Decomposition, tokens: TokensLike, seed: int = 0, batch_size: Any = None, attention_mask: Any = None
 ) -> Verification:

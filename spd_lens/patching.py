@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError
-from spd_lens.guards import frozen
+from spd_lens.guards import frozen, steady
 from spd_lens.interventions import One, choice
 from spd_lens.losses import kl_divergence
 from spd_lens.sites import Passage, Rewrite
@@ -34,6 +34,7 @@ Place = tuple[str, int, int | None]  # site, subcomponent, position (None: all o
 ROWS = 64  # of one stacked pass, unless the batch alone is larger
 
 
+@steady(gradients=True)
 def attribution_patching(
     d: Decomposition, clean: Any, corrupted: Any, metric: Metric, per_position: bool = False, attention_mask: Any = None
 ) -> pd.DataFrame:
@@ -59,12 +60,14 @@ def attribution_patching(
     return _first_order(d, run, _inner(d, run), _inner(d, _trace(d, clean_tokens)), metric, per_position)
 
 
+@steady(gradients=True)
 def attribution(d: Decomposition, tokens: Any, metric: Metric, per_position: bool = False, attention_mask: Any = None) -> pd.DataFrame:
     """First-order effect of ablating each subcomponent, `-Σ a·∂metric/∂a`; arguments and table as in `attribution_patching`."""
     run = _trace(d, d.batch(tokens, attention_mask))
     return _first_order(d, run, _inner(d, run), None, metric, per_position)
 
 
+@steady()
 def activation_patching(
     d: Decomposition,
     clean: Any,
@@ -95,6 +98,7 @@ def activation_patching(
     return _exact(d, run, _inner(d, run), _inner(d, _trace(d, clean_tokens)), metric, chosen, per_position, progress)
 
 
+@steady()
 def ablation_effects(
     d: Decomposition, tokens: Any, metric: Metric, chosen: Any = None, per_position: bool = False, progress: bool = True,
     attention_mask: Any = None,
@@ -104,6 +108,7 @@ def ablation_effects(
     return _exact(d, run, _inner(d, run), None, metric, chosen, per_position, progress)
 
 
+@steady()
 def cut_costs(d: Decomposition, tokens: Any, chosen: Any = None, progress: bool = False, attention_mask: Any = None) -> dict[One, float]:
     """What cutting each subcomponent alone out of the original weights does to the outputs, whichever they are: KL(original ‖ without it) in
     nats, mean over the compared outputs; one run each.

@@ -86,7 +86,9 @@ class Ranks:
 
     def anywhere(self, here: bool) -> bool:
         """Whether it is so on any rank."""
-        return here if self.count == 1 else bool(self.mean({"": torch.tensor(float(here))})[""] > 0)
+        return (
+            here if self.count == 1 else bool(self.mean({"": torch.tensor(float(here), dtype=torch.float32, device=self.device)})[""] > 0)
+        )
 
     def from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank the numbers of rank 0."""

@@ -81,7 +81,7 @@ def _kl(d: Decomposition, lots: Sequence[Batch], active: Sequence[Mapping[str, T
     positions, draw = d.config.output_positions, masks.Draw(torch.Generator(lots[0].device).manual_seed(d.config.seed))
     nothing = {name: torch.zeros_like(c.V[0]) for name, c in d.components.items()}
     strengths = [nothing, *(masks.coins(nothing, draw) for _ in range(DRAWS))]
-    total = torch.zeros(len(strengths), device=lots[0].device)
+    total = next(iter(nothing.values())).new_zeros(len(strengths))
     for some, on in zip(lots, active):
         clean = d.trace(some, positions)
         for i, r in enumerate(strengths):

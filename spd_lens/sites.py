@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import steady
 from spd_lens.schema import brief
 from spd_lens.tables import Shown, Tabular
 
@@ -172,10 +173,26 @@ def layout_of(model: Any) -> "_HookedTransformerLayout | _BridgeLayout":
         return _BridgeLayout(model)
     if model_is_supported(model):
         return _HookedTransformerLayout(model)
+    expect_uncompiled(model)
     raise SPDError(
         f"a {type(model).__name__} was given as the model; spd_lens opens a HookedTransformer (transformer-lens 3.9) or a "
         "TransformerBridge. Wrap a Hugging Face model with TransformerBridge.boot_transformers(…)."
     )
+
+
+def expect_uncompiled(model: Any) -> None:
+    """An error where a part of the model, or all of it, was compiled: compiled code passes by the hooks that were there when it was made."""
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        place = f"model.{name}" if name else "model"
+        if "_orig_mod" in module._modules:
+            mend = f"take {place}._orig_mod, which is what was compiled, in its place"
+        elif module._compiled_call_impl is not None:
+            mend = "give copy.deepcopy(model), which is not compiled"
+        elif hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            mend = f"del {place}.forward gives back what its class has"
+        else:
+            continue
+        raise SPDError(f"{place} was compiled (torch.compile), and compiled code passes by hooks; {mend}.")
 
 
 def is_causal(model: Any) -> bool:
@@ -187,6 +204,7 @@ def site_names(model: Any) -> list[str]:
     return layout_of(model).names()
 
 
+@steady()
 def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Site]:
     """The weight matrices whose names match any of the glob `patterns`, in the model's order.
 
@@ -202,6 +220,7 @@ def find_sites(model: Any, patterns: str | Iterable[str] = "*") -> dict[str, Sit
             and the reason are named). A pattern that matches nothing where others match is a warning.
     """
     layout = layout_of(model)
+    expect_uncompiled(model)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     available = layout.names()
     if not patterns:

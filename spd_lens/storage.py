@@ -25,6 +25,7 @@ from spd_lens.components import Components
 from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import double, steady
 from spd_lens.importance import build_importance
 from spd_lens.losses import mean_squared_delta
 from spd_lens.schema import LONGEST, Count, Natural, Size, brief, check, parse
@@ -100,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with _workshop(path) as folder:
             beside = folder / path.name
             yield beside
-            with beside.open("rb") as file:
+            with beside.open("r+b") as file:  # Windows brings to the disk what is open for writing alone
                 os.fsync(file.fileno())
             beside.replace(path)
     except (OSError, SafetensorError) as error:
@@ -272,7 +273,7 @@ def save_decomposition(decomposition: Decomposition, folder: str | Path) -> Path
     folder = Path(folder)
     sites = {
         name: {"subcomponents": decomposition.components[name].C, "d_in": site.d_in, "d_out": site.d_out,
-               "mean_squared_weight": float(site.weight.double().square().mean()),
+               "mean_squared_weight": float(double(site.weight).square().mean()),
                "mean_squared_delta": _squared_delta(decomposition, name)}
         for name, site in decomposition.sites.items()
     }  # fmt: skip
@@ -298,6 +299,7 @@ def context(decomposition: Decomposition) -> int:
     return max((getattr(gate, "context", 1) for gate in decomposition.gates.values()), default=1)
 
 
+@steady()
 def load_decomposition(folder: str | Path, model: Any) -> Decomposition:
     """Read a saved decomposition of `model`.
 

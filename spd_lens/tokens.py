@@ -69,7 +69,7 @@ class Batch:
     @cached_property
     def last(self) -> Int[Tensor, " b"]:
         """The last real position of each sequence."""
-        return torch.full((len(self),), self.shape[1] - 1, device=self.device) if self.lengths is None else self.lengths - 1
+        return torch.full_like(self.ids[:, 0], self.shape[1] - 1) if self.lengths is None else self.lengths - 1
 
     @cached_property
     def numel(self) -> int:
@@ -246,13 +246,13 @@ def _of_mapping(given: Mapping[str, Any], attention_mask: Any) -> tuple[Any, Any
     if changing := [key for key in CHANGES_INPUTS if given.get(key) is not None]:
         raise SPDError(f"tokens were given as a dict with {', '.join(changing)}, which would change what the model reads; give input_ids and attention_mask alone.")  # fmt: skip
     kinds = given.get("token_type_ids")
-    if kinds is not None and bool((torch.as_tensor(np.asarray(kinds)) != 0).any()):
+    if kinds is not None and bool(np.any(np.asarray(kinds) != 0)):
         raise SPDError(
             "tokens were given as a dict with token_type_ids of a second segment, which are not passed to the model; give one segment."
         )
     mask = given.get("attention_mask") if attention_mask is None else attention_mask
     if isinstance(ids, list) and ids and all(isinstance(row, list) and row for row in ids):  # as a tokenizer gives without return_tensors
-        rows = [torch.tensor(row) for row in ids]
+        rows = [torch.tensor(row, device="cpu") for row in ids]
         if mask is None or len({len(row) for row in ids}) > 1:
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -301,7 +301,7 @@ def _checked_ids(model: Any, tokens: Any) -> Int[Tensor, "b s"]:
 
 
 def _checked_mask(attention_mask: Any, ids: Tensor) -> Bool[Tensor, "b s"]:
-    mask = torch.as_tensor(attention_mask) if isinstance(attention_mask, (np.ndarray, list, tuple)) else attention_mask
+    mask = torch.as_tensor(attention_mask, device=ids.device) if isinstance(attention_mask, (np.ndarray, list, tuple)) else attention_mask
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         given = f"shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise SPDError(

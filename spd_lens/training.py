@@ -35,7 +35,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.curvature import factors, targets
 from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError, nearest
-from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible
+from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible, steady
 from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from, of_stream
 from spd_lens.ranks import ALONE, Ranks, join
@@ -78,6 +78,7 @@ class StepResult:
 Callback = Callable[[StepResult], None]
 
 
+@steady(gradients=True, lasting="being decomposed")
 def decompose(
     model: Any, tokens: Any, config: SPDConfig | None = None, *, attention_mask: Any = None, progress: bool = True,
     background: Any = None, checkpoint: str | Path | None = None, checkpoint_every: int = 500,
@@ -236,7 +237,7 @@ def check_identity(decomposition: Decomposition, tokens: Batch | Tensor) -> None
     clean = own()
     if not torch.isfinite(clean).all():
         raise SPDError("the model's own logits hold NaN or infinite values on these tokens; decompose a model that runs.")
-    everything = {name: torch.ones((), device=clean.device) for name in decomposition.sites}
+    everything = {name: torch.ones_like(clean[0, 0, 0]) for name in decomposition.sites}
     tolerance = IDENTITY_TOLERANCE * max(1.0, float(clean.abs().max()))
 
     def error(masks: Mapping[str, Tensor]) -> float:
@@ -303,7 +304,9 @@ class _Stream:
         self.batch, self.positions, self.background = batch, positions, background
         self.outputs, self.tokens = float(batch.outputs(positions)), float(batch.numel)
         if batch.lengths is not None:
-            self.outputs, self.tokens = ranks.mean({"": torch.tensor([self.outputs, self.tokens], dtype=torch.float64)})[""].tolist()
+            self.outputs, self.tokens = ranks.mean({"": torch.tensor([self.outputs, self.tokens], dtype=torch.float64, device="cpu")})[
+                ""
+            ].tolist()
 
 
 class Progress(TypedDict):
@@ -379,7 +382,7 @@ class Trainer:
             active = self.ranks.mean(
                 {name: (value > masks.THRESHOLD).sum(dtype=value.dtype) / streams[0].tokens for name, value in passed[0].z.items()}
             )
-            total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), device=self.device))
+            total = sum((weights[name] * loss for name, loss in losses.items()), torch.zeros((), dtype=torch.float32, device=self.device))
         return StepResult(d.steps_done, losses, total, active, d)
 
     def retire(self, tokens: Batch) -> None:
@@ -501,7 +504,7 @@ class Trainer:
         tensors = {f"decomposition.{name}": value for name, value in d.state().items()}
         for index, parameter in enumerate(d.parameters()):
             if not (slots := self.optimiser.state[parameter]):
-                slots["step"] = torch.zeros((), device=parameter.device)
+                slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                 slots["exp_avg"], slots["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             tensors |= {f"optimiser.{index}.{slot}": value for slot, value in slots.items()}
         tensors |= {f"adversary.{name}": r for name, r in self.draw.sources.items()}
@@ -629,7 +632,7 @@ def _teach(trainer: Trainer, said: set[str]) -> None:
         for advice in while_training(d, d.history[-1]["active"]):
             if advice.kind not in said:
                 said.add(advice.kind)
-                _warn(d, advice, 5)
+                _warn(d, advice, 6)
 
 
 def _teach_at_the_end(trainer: Trainer, example: Batch) -> None:
@@ -643,10 +646,10 @@ def _teach_at_the_end(trainer: Trainer, example: Batch) -> None:
         if not isinstance(error, SPDError) and not out_of_memory(error):
             raise
         return warnings.warn(
-            f"the look at what is amiss failed ({error}); call advise(decomposition, tokens) on other or fewer tokens.", stacklevel=4
+            f"the look at what is amiss failed ({error}); call advise(decomposition, tokens) on other or fewer tokens.", stacklevel=5
         )
     for advice in found:
-        _warn(d, advice, 4)
+        _warn(d, advice, 5)
 
 
 def _warn(d: Decomposition, advice: Advice, stacklevel: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.errors import SPDError
-from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, layout_of
+from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, expect_uncompiled, layout_of
 
 
 def rewrite_hooks(
@@ -37,8 +37,9 @@ def rewrite_hooks(
         counting: whether `Passage.start` is wanted.
 
     Raises:
-        SPDError: `counting` in a block without attention, which alone is told what the key/value cache holds.
+        SPDError: `counting` in a block without attention, which alone is told what the key/value cache holds; a model that was compiled.
     """
+    expect_uncompiled(model)
     layout, hook_points = layout_of(model), model.hook_dict
     pairs: list[Hook] = []
     blocks: dict[str, list[_Visit]] = {}
@@ -125,7 +126,7 @@ class _Visit:
         wire, site = self.wire, self.wire.site
         if self.read is None:
             raise SPDError(f"{site.name}: its output was computed before its input was seen; this model does not run the "
-                           "block as TransformerLens describes it, so the site cannot be decomposed.")  # fmt: skip
+                           "block as TransformerLens describes it, so the site cannot be decomposed; or two threads run it at once.")  # fmt: skip
         read = self.read
         bias = site.bias if wire.bias_in_output and not wire.result_by_head else None
         if wire.result_by_head:

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch
 
-from spd_lens.bench.measure import Work, check, counted, in_turns, short
+from spd_lens.bench.measure import Work, check, counted, in_turns, short, with_threads
 from spd_lens.bench.models import LAYERS, VOCABULARY, WIDTH, check_class, gpt2, random_tokens
 from spd_lens.config import SPDConfig
 from spd_lens.training import decompose
 
 
+@with_threads
 @torch.no_grad()
 def bench_forward(
     model: str, subcomponents: int = 64, batch: int = 4, length: int = 64, threads: int = 1, device: str = "cpu", rounds: int = 7,
@@ -30,14 +31,16 @@ def bench_forward(
     check(device, subcomponents=subcomponents, batch=batch, length=length, threads=threads, rounds=rounds, layers=layers, width=width,
           vocabulary=vocabulary)  # fmt: skip
     check_class(model)
-    torch.set_num_threads(threads)
     target = gpt2(model, layers, width, vocabulary, length, device)
     tokens = random_tokens(batch, length, vocabulary, device)
     # the masks are given here, so the importance functions are the smallest there are
     config = SPDConfig(subcomponents=subcomponents, importance="scalar", gate_width=1, init="random", steps=0)
     decomposition = decompose(target, tokens, config, progress=False)
     generator = torch.Generator().manual_seed(0)
-    masks = {name: torch.rand(batch, length, subcomponents, generator=generator).to(device) for name in decomposition.sites}
+    masks = {
+        name: torch.rand(batch, length, subcomponents, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        for name in decomposition.sites
+    }
     idle = [(name, _nothing) for name, _ in decomposition.hooks(masks)]
     works: dict[str, Work] = {
         "plain": lambda: target(tokens, return_type="logits"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from spd_lens.bench.measure import PeakMemory, check, counted, in_turns, short
+from spd_lens.bench.measure import PeakMemory, check, counted, in_turns, short, with_threads
 from spd_lens.bench.models import CLASSES, gpt2, random_tokens
 from spd_lens.bench.step import step_of, trainer_at
 from spd_lens.config import SPDConfig
@@ -27,6 +27,7 @@ VOCABULARY = 512  # small: the embedding is not what grows
 TOY = dict(subcomponents=100, sites=6, d_in=16, gate_width=16)  # the induction toy's
 
 
+@with_threads
 def bench_length(
     length: int, batch: int = 1, subcomponents: int = TOY["subcomponents"], threads: int = 1, device: str = "cpu", steps: int = 3,
     sites: int = TOY["sites"], d_in: int = TOY["d_in"], gate_width: int = TOY["gate_width"],
@@ -34,7 +35,6 @@ def bench_length(
     """Attention importance alone, forward and backward, of a training step's sites: all forward, then all backward."""
     sizes = dict(length=length, batch=batch, subcomponents=subcomponents, sites=sites, d_in=d_in, gate_width=gate_width)
     check(device, **sizes, threads=threads, steps=steps)
-    torch.set_num_threads(threads)
     _attention(2, 1, 2, 1, 2, 2, device)()
     memory = PeakMemory(device)
     work = _attention(**sizes, device=device)
@@ -49,8 +49,8 @@ def bench_length(
 
 def _attention(length: int, batch: int, subcomponents: int, sites: int, d_in: int, gate_width: int, device: str) -> Any:
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(batch, length, d_in, generator=generator, device=device)
-    inner = x @ torch.randn(d_in, subcomponents, generator=generator, device=device)
+    x = torch.randn(batch, length, d_in, generator=generator, dtype=torch.float32, device=device)
+    inner = x @ torch.randn(d_in, subcomponents, generator=generator, dtype=torch.float32, device=device)
     gates = [build_importance("attention", x, inner, gate_width, 1.0, 0.3, length, True, generator) for _ in range(sites)]
     gradient = torch.randn_like(inner)
 
@@ -63,6 +63,7 @@ def _attention(length: int, batch: int, subcomponents: int, sites: int, d_in: in
     return work
 
 
+@with_threads
 def bench_scale(
     d_model: int = BASE["d_model"], subcomponents: int = BASE["subcomponents"], layers: int = BASE["layers"], batch: int = BASE["batch"],
     length: int = BASE["length"], threads: int = 1, device: str = "cpu", steps: int = 3,
@@ -70,7 +71,6 @@ def bench_scale(
     """One point: training steps, all default losses on, of every matrix of a model of GPT-2's make."""
     sizes = dict(d_model=d_model, subcomponents=subcomponents, layers=layers, batch=batch, length=length)
     check(device, **sizes, threads=threads, steps=steps)
-    torch.set_num_threads(threads)
     for _ in range(2):
         _step(16, 4, 1, 1, 4, device)()
     memory = PeakMemory(device)

@@ -7,15 +7,16 @@ the sum over them) and seconds on the wall, synchronised, on CUDA.
 import contextlib
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +24,15 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from spd_lens.errors import SPDError
 
+resource: Any
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 Work = Callable[[], Any]
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}  # of the square product that is the roofline: big enough to run at full speed
 PRODUCTS = 4  # a turn
@@ -32,6 +41,8 @@ KIB = 1024  # /proc and ru_maxrss count KiB on Linux
 
 def check(device: str, **sizes: int) -> None:
     """Refuse what cannot be measured, before any work."""
+    if resource is None:
+        raise SPDError("this system does not tell how much memory a process takes (Windows?); run the bench on Linux or macOS.")
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise SPDError(f"{name} was given as {size!r}; it has to be a whole number of at least 1.")
@@ -44,6 +55,25 @@ def check(device: str, **sizes: int) -> None:
     if kind == "cuda" and index >= torch.cuda.device_count():
         raise SPDError(f"device was given as {device!r}; this torch ({torch.__version__}) sees {torch.cuda.device_count()} CUDA devices. "
                        "Leave --device out to measure on the CPU.")  # fmt: skip
+
+
+def with_threads(bench: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Of a bench: it runs with as many threads as its argument `threads` says, and the process has as many as before afterwards."""
+    arguments = signature(bench)
+
+    @wraps(bench)
+    def measured(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        bound = arguments.bind(*args, **kwargs)
+        bound.apply_defaults()
+        before, wanted = torch.get_num_threads(), bound.arguments["threads"]
+        try:
+            if isinstance(wanted, int) and wanted > 0:  # else the bench says what is wrong
+                torch.set_num_threads(wanted)
+            return bench(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return measured
 
 
 def short(number: float) -> float:

@@ -8,6 +8,7 @@ import torch
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from spd_lens.errors import SPDError, nearest
+from spd_lens.guards import seeded
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -31,8 +32,7 @@ def gpt2(
     """Learned positions, LayerNorm, `gelu_new`, heads of 64, an MLP four times as wide; small by default."""
     heads, head = (width // HEAD, HEAD) if width % HEAD == 0 else (1, width)
     # both classes announce things, and neither may move the caller's random numbers
-    with contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()), seeded(0):
         if kind == "HookedTransformer" and HookedTransformer is not None and HookedTransformerConfig is not None:
             config = HookedTransformerConfig(
                 n_layers=layers, d_model=width, n_heads=heads, d_head=head, d_mlp=4 * width, d_vocab=vocabulary, n_ctx=context,
@@ -55,4 +55,4 @@ def _wrapped(layers: int, width: int, heads: int, vocabulary: int, context: int)
 
 
 def random_tokens(batch: int, length: int, vocabulary: int, device: str) -> torch.Tensor:
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0), device="cpu").to(device)

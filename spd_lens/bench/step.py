@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from spd_lens.bench.measure import PeakMemory, Work, check, counted, in_turns, short
+from spd_lens.bench.measure import PeakMemory, Work, check, counted, in_turns, short, with_threads
 from spd_lens.bench.models import CLASSES, LAYERS, VOCABULARY, WIDTH, gpt2, random_tokens
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
@@ -30,6 +29,7 @@ def check_model(model: str) -> None:
         raise SPDError(f"model was given as {model!r}; {nearest(model, MODELS)}.")
 
 
+@with_threads
 def bench_step(
     batch: int, subcomponents: int, importance: str, threads: int, device: str, steps: int = 5, model: str = "induction",
     length: int = 64, layers: int = LAYERS, width: int = WIDTH, vocabulary: int = VOCABULARY,
@@ -50,7 +50,6 @@ def bench_step(
     check(device, batch=batch, subcomponents=subcomponents, threads=threads, steps=steps, length=length, layers=layers, width=width,
           vocabulary=vocabulary)  # fmt: skip
     check_model(model)
-    torch.set_num_threads(threads)
     data: Iterator[Tensor]
     if model == "induction":
         with contextlib.redirect_stdout(io.StringIO()):  # HookedTransformer announces where it moves

@@ -19,6 +19,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError
 from spd_lens.graph import answer_logit, circuit_graph
+from spd_lens.guards import steady
 from spd_lens.labels import short_names, token_labels
 from spd_lens.metrics import census, verify
 from spd_lens.patching import cut_costs
@@ -33,6 +34,7 @@ PROMPT = 64  # tokens of the first sequence, where no prompt is given
 ATTENTION_LAYERS = 3
 
 
+@steady()
 def write_report(
     d: Decomposition,
     tokens: Any,
@@ -70,6 +72,7 @@ def write_report(
     return path
 
 
+@steady()
 def decomposition_page(
     d: Decomposition,
     tokens: Any,

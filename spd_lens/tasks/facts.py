@@ -202,7 +202,10 @@ def goals(found: Mapping[str, Mapping[str, float | int]]) -> dict[str, tuple[str
 def neurons(s: Setting) -> Decomposition:
     """The MLPs' neurons as subcomponents of the matrices that they write with: `v_c` picks one, `u_c` is its row."""
     sites = find_sites(s.model, "blocks.*.mlp.W_out")
-    own = {name: Components(torch.eye(site.d_in, device=site.weight.device), site.weight.clone()) for name, site in sites.items()}
+    own = {
+        name: Components(torch.eye(site.d_in, dtype=site.weight.dtype, device=site.weight.device), site.weight.clone())
+        for name, site in sites.items()
+    }
     return Decomposition(s.model, sites, own, {}, SPDConfig.targeted(steps=0))
 
 

@@ -26,7 +26,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.diagnostics import Diagnosis, diagnose
 from spd_lens.errors import SPDError
-from spd_lens.guards import reproducible
+from spd_lens.guards import reproducible, seeded, steady
 from spd_lens.labels import name_tokens, token_labels
 from spd_lens.metrics import LABELS, Verification, census, verify
 from spd_lens.schema import Natural
@@ -81,12 +81,13 @@ class Sequences:
 
 def sequences(many: int, generator: torch.Generator) -> Sequences:
     """This many sequences `[N, 64]` of uniform random tokens, with s at a random position and again at the last."""
-    tokens = torch.randint(SPECIAL, (many, CONTEXT), generator=generator)
-    rows = torch.arange(many)
-    s1 = torch.randint(CONTEXT - 2, (many,), generator=generator)
+    device = generator.device
+    tokens = torch.randint(SPECIAL, (many, CONTEXT), generator=generator, device=device)
+    rows = torch.arange(many, device=device)
+    s1 = torch.randint(CONTEXT - 2, (many,), generator=generator, device=device)
     tokens[rows, s1] = SPECIAL
     tokens[:, -1] = SPECIAL
-    others = torch.rand(many, CONTEXT, generator=generator)
+    others = torch.rand(many, CONTEXT, generator=generator, dtype=torch.float32, device=device)
     for taken in (s1, s1 + 1, torch.full_like(s1, CONTEXT - 1)):
         others[rows, taken] = -1.0
     positions = {"s1": s1, "m": s1 + 1, "s2": torch.full_like(s1, CONTEXT - 1), "random": others.argmax(1)}
@@ -100,12 +101,12 @@ def batches(size: int, seed: int) -> Iterator[Int[Tensor, "b s"]]:
         yield sequences(size, generator).tokens
 
 
+@steady()
 def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
     """The untrained target: a `HookedTransformer`, or (always on transformer-lens 4.x) a native `TransformerBridge`."""
     shape: dict[str, Any] = dict(n_layers=LAYERS, d_model=WIDTH, n_heads=1, d_head=WIDTH, d_vocab=VOCABULARY, n_ctx=CONTEXT,
                                  attn_only=True, normalization_type=None)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if not bridge and HookedTransformer is not None and HookedTransformerConfig is not None:
             model = HookedTransformer(HookedTransformerConfig(**shape, positional_embedding_type="shortformer", seed=None, device="cpu"))
         else:
@@ -120,14 +121,14 @@ def build_target(seed: int, bridge: bool = HookedTransformer is None) -> Any:
                 if name.split(".")[-1].startswith("b") or own_positions:  # no biases in this model
                     parameter.zero_().requires_grad_(False)
                 else:
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device=generator.device))
     name_tokens(model, [*map(str, range(SPECIAL)), "s"])
     return model.eval()
 
 
 def _give_shortformer_positions(model: Any) -> None:
     """TransformerBridge has no shortformer positions: zero its own, and add learned ones to what W_Q and W_K read."""
-    positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH))
+    positions = nn.Parameter(torch.zeros(CONTEXT, WIDTH, dtype=torch.float32, device="cpu"))
     model.original_model.register_parameter("shortformer_positions", positions)
 
     def add(x: Tensor, hook: Any) -> Tensor:
@@ -138,6 +139,7 @@ def _give_shortformer_positions(model: Any) -> None:
             model.hook_dict[f"blocks.{layer}.attn.{part}.hook_in"].add_perma_hook(add)
 
 
+@steady(gradients=True)
 def train_target(seed: int = 0, bridge: bool = HookedTransformer is None) -> Any:
     """A target of at least 99.6 % accuracy, in one to two minutes.
 
@@ -318,7 +320,7 @@ class Outcome:
         }  # fmt: skip
 
 
-@torch.no_grad()
+@steady()
 def measure(decomposition: Decomposition, seed: int, seconds: Mapping[str, float], many: int = 2048) -> Outcome:
     """Everything that is reported, on `many` fresh sequences; `seconds` is what its making took, part by part."""
     started = time.perf_counter()
@@ -327,8 +329,7 @@ def measure(decomposition: Decomposition, seed: int, seconds: Mapping[str, float
     observation = decomposition.observe(test.tokens)
     counted = census(decomposition, test.tokens, test.positions)
     kept = census(decomposition, test.select(~test.s_first).tokens)
-    with torch.enable_grad():
-        verification = verify(decomposition, test.tokens)
+    verification = verify(decomposition, test.tokens)
     alive = {name: torch.nonzero(on).flatten().tolist() for name, on in counted.alive.items()}
     ablated = {
         short[name]: accuracy(
@@ -336,7 +337,7 @@ def measure(decomposition: Decomposition, seed: int, seconds: Mapping[str, float
         )
         for name in decomposition.sites
     }
-    some = test.select(torch.arange(min(many, DIAGNOSED)))
+    some = test.select(torch.arange(min(many, DIAGNOSED), device=test.tokens.device))
     diagnosis = diagnose(decomposition, some.tokens, some.positions, some.answers, SPECIAL, seed, draws=2)
     return Outcome(
         decomposition=decomposition, sequences=test, seed=seed, target_accuracy=accuracy(observation.logits, test.answers),

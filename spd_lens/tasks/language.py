@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
 from spd_lens.errors import SPDError
-from spd_lens.guards import reproducible
+from spd_lens.guards import reproducible, seeded, steady
 from spd_lens.schema import Count, Natural
 from spd_lens.storage import Saved, write_tensors, write_text
 
@@ -60,17 +60,17 @@ def packed(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], length: int
     bos: Any = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     stream = [token for text in texts for token in (bos, *tokenizer.encode(text, add_special_tokens=False))]
     many = len(stream) // (length - 1)
-    rows = torch.tensor(stream[: many * (length - 1)], dtype=torch.long).view(many, length - 1)
-    return torch.cat([torch.full((many, 1), bos), rows], 1)
+    rows = torch.tensor(stream[: many * (length - 1)], dtype=torch.long, device="cpu").view(many, length - 1)
+    return torch.cat([torch.full_like(rows[:, :1], bos), rows], 1)
 
 
+@steady()
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, bridge: bool | None = None) -> Any:
     """The untrained model, with the tokenizer; None makes a `HookedTransformer` where there is one."""
     bridge = HookedTransformer is None if bridge is None else bridge
     shape: dict[str, Any] = dict(n_layers=LAYERS, d_model=WIDTH, n_heads=HEADS, d_head=WIDTH // HEADS, d_mlp=4 * WIDTH, d_vocab=len(tokenizer),
                                  n_ctx=CONTEXT, act_fn="gelu_new", normalization_type="LN")  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if not bridge and HookedTransformer is not None and HookedTransformerConfig is not None:
             model = HookedTransformer(HookedTransformerConfig(**shape, seed=None, device="cpu"), tokenizer=tokenizer)
         else:
@@ -83,23 +83,24 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, bridge: bool | No
             for name, parameter in model.named_parameters():
                 kind = name.split(".")[-1]
                 if parameter.ndim > 1:  # GPT-2's start; what writes to the residual stream smaller
-                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                    parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device=generator.device))
                 elif kind.startswith("b"):
                     parameter.zero_()
     return model.eval()
 
 
+@steady(gradients=True)
 def train_model(model: Any, rows: Int[Tensor, "N length"], seed: int, steps: int = STEPS, progress: bool = True) -> None:
     """Next-token cross-entropy on batches of rows, with warm-up and a linear decay to nearly 0."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
     optimiser = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}], lr=RATE)
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), reproducible(), tqdm(total=steps, disable=not progress, desc="target", unit="step", mininterval=0.5) as bar:
+    with reproducible(), tqdm(total=steps, disable=not progress, desc="target", unit="step", mininterval=0.5) as bar:
         for step in range(steps):
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP, max(0.02, (steps - step) / steps))
-            batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
+            batch = rows[torch.randint(len(rows), (BATCH,), generator=generator, device=generator.device)]
             log_p = model(batch, return_type="logits")[:, :-1].log_softmax(-1)
             loss = -log_p.gather(-1, batch[:, 1:, None]).mean()
             optimiser.zero_grad()

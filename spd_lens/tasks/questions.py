@@ -47,7 +47,7 @@ class Questions:
         lots = self.tokens.split(AT_ONCE) if len(self) else ()
         return torch.cat(
             [
-                torch.empty(0, model.cfg.d_vocab, device=self.tokens.device),
+                torch.empty(0, model.cfg.d_vocab, dtype=torch.float32, device=self.tokens.device),
                 *(model.run_with_hooks(lot, fwd_hooks=list(hooks))[:, -1].log_softmax(-1) for lot in lots),
             ]
         )

@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from plotly.subplots import make_subplots
 
+from spd_lens.guards import steady
 from spd_lens.labels import token_labels
 from spd_lens.metrics import LABELS
 from spd_lens.viz.style import BLUE, GREEN, GREY, ORANGE, PURPLE, as_text, finish
@@ -70,6 +70,7 @@ def ablation_bars(table: pd.DataFrame, unit: str, most: int = 25) -> go.Figure:
     return finish(figure, f"What each subcomponent is worth ({len(top)} of {len(table)})", 170 + 24 * len(top))
 
 
+@steady()
 def output_change(model: Any, tokens: Any, hooks: Sequence[Any], position: int = -1, most: int = 12) -> go.Figure:
     """The output's probabilities at one position before and after some hooks, of the tokens that gain or lose most.
 
@@ -80,11 +81,10 @@ def output_change(model: Any, tokens: Any, hooks: Sequence[Any], position: int =
         position: where the output is looked at.
         most: how many tokens.
     """
-    with torch.no_grad():
-        before, after = (
-            model(tokens)[0, position].softmax(-1).cpu(),
-            model.run_with_hooks(tokens, fwd_hooks=list(hooks))[0, position].softmax(-1).cpu(),
-        )
+    before, after = (
+        model(tokens)[0, position].softmax(-1).cpu(),
+        model.run_with_hooks(tokens, fwd_hooks=list(hooks))[0, position].softmax(-1).cpu(),
+    )
     top = (after - before).abs().topk(min(most, len(before))).indices.tolist()
     top.sort(key=lambda token: -float(before[token]))
     labels, places = [as_text(label) for label in token_labels(model, top)], list(range(len(top)))

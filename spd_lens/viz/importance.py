@@ -81,7 +81,7 @@ def coloured_tokens(
         sequence: which of the batch.
     """
     shown = _active(importances, names, sequence)
-    values = torch.stack([g for _, g in shown], 1) if shown else torch.zeros(len(labels), 1)
+    values = torch.stack([g for _, g in shown], 1) if shown else torch.zeros(len(labels), 1, dtype=torch.float32, device="cpu")
     apart = [f"{label}\u2009" for label in labels]  # numbers would run into each other
     properties = {"tokens": apart, "values": values.cpu().tolist(), "labels": [text for text, _ in shown] or ["none active"]}
     return CircuitsVisView("Causal importance g (0 to 1) over tokens, one subcomponent at a time", "ColoredTokensMulti", properties)
