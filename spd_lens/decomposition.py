@@ -22,7 +22,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
-from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
+from spd_lens.sites import Hook, Passage, Rewrite, Site, check_unchanged, held, model_device
 from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
 from spd_lens.tables import Shown, Tabular
 from spd_lens.visits import rewrite_hooks
@@ -190,6 +190,7 @@ class Decomposition(Tabular):
 
         Your own hooks win: a patch upstream of a site is seen by its subcomponents, one on the same point comes after.
         """
+        self.check_model()
         return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta), replacing=masks)
 
     @contextmanager
@@ -223,7 +224,7 @@ class Decomposition(Tabular):
             with self._attachment.set_to(masks, delta):
                 yield self.model
             return
-        self._check_device()
+        self.check_model()
         new = Attachment(self.model, self.sites, self.components, self.gates)
         with new.registered(), new.set_to(masks, delta):
             on = rewritten(self.model, self.sites, new.rewrites(), new.replacing, permanent=True)
@@ -398,12 +399,15 @@ class Decomposition(Tabular):
         self.check_masks(masks)
         return {name: replace(name, mask) for name, mask in masks.items()}
 
-    def _check_device(self) -> None:
+    def check_model(self) -> None:
+        """An error where the model, or what of it was decomposed, is not as it was: moved, converted, other weights."""
         own = [c.V for c in self.components.values()] or [site.weight for site in self.sites.values()]  # before there are any components
         here, there = own[0].device, model_device(self.model)
         if here != there:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+        for site in self.sites.values():
+            check_unchanged(self.model, site)
 
     def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         reached = set()
@@ -415,8 +419,8 @@ class Decomposition(Tabular):
 
             return rewrite
 
-        self._check_device()
-        with rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
+        self.check_model()
+        with held(self.sites.values()), rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
             logits = self.model(tokens, return_type="logits")
         for name in rewrites:
             if name not in reached:

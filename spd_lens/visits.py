@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.errors import SPDError
-from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, layout_of
+from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, check_reached, check_unchanged, layout_of
 
 
 def rewrite_hooks(
@@ -47,8 +47,8 @@ def rewrite_hooks(
             raise SPDError(f"{name}: the model has no hook point {wire.write} any more; something has taken its place (an SAE of SAELens?). "
                            "Give the hooks to the model before that, or use `with decomposition.attached():` after it.")  # fmt: skip
         read = wire.read if isinstance(wire.read, int) else _through(wire.read, hook_points)
-        wire = replace(wire, entry=_through(wire.entry, hook_points), read=read)
-        visit = _Visit(wire, rewrite, replacing)
+        made, wire = wire, replace(wire, entry=_through(wire.entry, hook_points), read=read)
+        visit = _Visit(wire, rewrite, made, replacing)
         if counting:
             visit.attention, visit.seen = getattr(model.blocks[wire.site.layer], "attn", None), layout.seen
             if visit.attention is None:
@@ -56,7 +56,7 @@ def rewrite_hooks(
         blocks.setdefault(wire.entry, []).append(visit)
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
-        pairs.append((entry, _Arrive(visits, points)))
+        pairs.append((entry, _Arrive(visits, points, model)))
         for visit in visits:
             if isinstance(visit.wire.read, str) and visit.wire.read in hook_points:
                 pairs.append((visit.wire.read, _Capture(visit)))
@@ -76,6 +76,7 @@ class _Visit:
 
     wire: Wire
     rewrite: Rewrite
+    made: Wire  # as the flags stood when the hooks were made
     replacing: Collection[str] = ()
     skips: bool = False
     read: Tensor | None = None
@@ -137,7 +138,7 @@ class _Visit:
                 read = wire.norm(read)
             by_head = rearrange(read[:, :, : site.heads], "b s h d -> h b s d")
             y = output.flatten(2).expand(site.heads, -1, -1, -1)
-            return Passage(by_head.mean(0), y, bias, by_head)
+            return Passage(by_head.mean(0), y, bias, by_head, apart=True)
         return Passage(read.flatten(2), None if self.skips else output.flatten(2), bias)
 
     def back(self, passage: Passage, new: Tensor, output: Tensor) -> Tensor:
@@ -145,8 +146,7 @@ class _Visit:
         if self.wire.result_by_head:
             return rearrange(new, "h b s d -> b s h d")
         if passage.by_head is not None:  # head h of the output, computed from head h of the input
-            own = new.unflatten(-1, (self.wire.site.heads, -1)).diagonal(dim1=0, dim2=3)
-            return rearrange(own, "b s d h -> b s h d").reshape(output.shape)
+            return passage.taken(new).reshape(output.shape)
         return new.reshape(*output.shape[:-1], -1)  # a product that was skipped has heads without width
 
 
@@ -219,10 +219,11 @@ class _Watch:
 
 
 class _Arrive:
-    """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
+    """Runs at the entry of a block: sees that its matrices are those that were decomposed, arms what has to be armed and settles the order of
+    the hooks in the block."""
 
-    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
-        self.visits, self.points = visits, points
+    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint], model: Any):
+        self.visits, self.points, self.model = visits, points, model
         modules = {module: None for visit in visits for module in visit.watched}
         self.watches = [_Watch(module, [visit for visit in visits if module in visit.watched], points) for module in modules]
 
@@ -234,6 +235,9 @@ class _Arrive:
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         self.disarm()
+        for visit in self.visits:
+            check_unchanged(self.model, visit.wire.site)
+            check_reached(self.model, visit.made)
         for watch in self.watches:
             watch.begin()
         for visit in self.visits:  # what one of several rewrites of a matrix looks at has to be computed
