@@ -215,7 +215,8 @@ class Decomposition(Tabular):
             the model.
 
         Raises:
-            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites.
+            SPDError: unknown sites or masks of a wrong shape; a model that was moved or changed; another decomposition attached to one of the
+                sites.
         """
         if masks is None and not (isinstance(delta, (float, int)) and delta == 1):
             masks = {name: torch.ones((), device=c.V.device) for name, c in self.components.items()}
@@ -331,8 +332,8 @@ class Decomposition(Tabular):
             swap_outputs, set_output, calibrate_on: as in `rewire`.
 
         Raises:
-            SPDError: as in `ablate` and `rewire`; tied or quantised weights, or a matrix of another shape than was decomposed. This model is
-                never changed.
+            SPDError: as in `ablate` and `rewire`; tied or quantised weights, or a matrix of another shape than was decomposed; a copy that
+                does not give what the hooks give on a few tokens. This model is never changed.
         """
         from spd_lens.interventions import edited_model
 

@@ -128,19 +128,32 @@ def copied(model: Any) -> Any:
     return new
 
 
-def _rebound(value: Any, copies: Mapping[int, Any]) -> Any:
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
     """`deepcopy` takes a function as it is: one made inside a method still computes with the modules that it closed over."""
-    if isinstance(value, MethodType) and isinstance(value.__func__, FunctionType):
+    if isinstance(value, MethodType):
         return MethodType(_rebound(value.__func__, copies), value.__self__)
-    if not isinstance(value, FunctionType) or not value.__closure__:
-        return value
-    held = [cell.cell_contents for cell in value.__closure__]
-    own = [copies.get(id(one), one) if isinstance(one, (torch.nn.Module, Tensor)) else _rebound(one, copies) for one in held]
-    if all(new is old for new, old in zip(own, held)):
-        return value
-    function = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(map(CellType, own)))
+    if id(value) in copies or not _reaches(value, copies, set()):
+        return copies.get(id(value), value)
+    cells = tuple(CellType() for _ in value.__closure__)
+    function = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
     function.__kwdefaults__ = value.__kwdefaults__
-    return functools.update_wrapper(function, value)
+    copies[id(value)] = functools.update_wrapper(function, value)
+    for cell, held in zip(cells, _held(value)):
+        cell.cell_contents = copies.get(id(held), held) if isinstance(held, (torch.nn.Module, Tensor)) else _rebound(held, copies)
+    return function
+
+
+def _reaches(value: Any, copies: Mapping[int, Any], seen: set[int]) -> bool:
+    """Whether it is a function that closes over something that was copied, itself or through others."""
+    if not isinstance(value, FunctionType) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(id(held) in copies if isinstance(held, (torch.nn.Module, Tensor)) else _reaches(held, copies, seen) for held in _held(value))
+
+
+def _held(function: FunctionType) -> list[Any]:
+    """What it closes over; an error of Python's where that is not there yet."""
+    return [cell.cell_contents for cell in function.__closure__ or ()]
 
 
 def _ours(hook: Any) -> bool:
