@@ -51,6 +51,7 @@ class Site(Tabular):
     weight: Float[Tensor, "d_in d_out"]
     bias: Float[Tensor, " d_out"] | None
     heads: int
+    modules: tuple[type, ...] = ()  # the classes that compute it, from the block's part inwards
 
     @property
     def d_in(self) -> int:
@@ -220,6 +221,10 @@ def check_unchanged(model: Any, site: Site) -> None:
     if not (bias is None or site.bias is None or torch.equal(bias, site.bias)) or (bias is None) != (site.bias is None):
         raise SPDError(f"{name}: its bias is another than when it was decomposed (changed in place, load_state_dict, fold_value_biases). "
                        "Give the model its bias back, or decompose it as it is now.")  # fmt: skip
+    if site.modules and (modules := layout.modules(name)) != site.modules:
+        other = next((a.__name__, b.__name__) for a, b in zip((*site.modules, type(None)), (*modules, type(None))) if a is not b)
+        raise SPDError(f"{name} was computed by {other[0]} when it was decomposed and is by {other[1]} now (an adapter, a parametrisation?). "
+                       "Undo that, or decompose the model as it is now.")  # fmt: skip
     if reason := layout.flagged(name):
         raise SPDError(f"{name} cannot be reached any more: {reason}")
 
@@ -325,6 +330,9 @@ class _HookedTransformerLayout:
             return f"HookedTransformer normalises its output before the hook ({cfg.original_architecture}). {advice}"
         return None
 
+    def modules(self, name: str) -> tuple[type, ...]:
+        return (type(self._parameter(name)[0]),)
+
     def flagged(self, name: str) -> str | None:
         """Why the model's flags, as they stand now, keep the site from being served."""
         if self.model.cfg.ungroup_grouped_query_attention and self._parameter(name)[1].startswith("_"):
@@ -332,7 +340,7 @@ class _HookedTransformerLayout:
         return None
 
     def site(self, name: str) -> Site:
-        return _found(name, self.stored(name), self.bias(name))
+        return _found(name, self.stored(name), self.bias(name), self.modules(name))
 
     def bias(self, name: str) -> Tensor | None:
         """`[d_out]` as the model has it now."""
@@ -354,6 +362,11 @@ class _HookedTransformerLayout:
         """How many positions attention's key/value cache holds already, from the keyword arguments of its call."""
         entry = arguments.get("past_kv_cache_entry")
         return 0 if entry is None else entry.past_keys.shape[1]
+
+    @staticmethod
+    def end(site: Site) -> str:
+        """The hook that fires last in the block."""
+        return f"blocks.{site.layer}.hook_resid_post"
 
     def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
@@ -425,12 +438,18 @@ class _BridgeLayout:
             return "its weight is on no device (offloaded). Load the model without a device_map."
         return None
 
+    def modules(self, name: str) -> tuple[type, ...]:
+        _, layer, part, kind = name.split(".")
+        module = getattr(self.model.blocks[int(layer)], part)
+        child = self._part(module, {**ATTENTION, **MLP}[kind])
+        return (type(module), type(child), type(None if child is None else child._modules.get("_original_component")))
+
     @staticmethod
     def flagged(name: str) -> str | None:
         return None
 
     def site(self, name: str) -> Site:
-        return _found(name, self.stored(name), self.bias(name))
+        return _found(name, self.stored(name), self.bias(name), self.modules(name))
 
     def bias(self, name: str) -> Tensor | None:
         _, layer, part, kind = name.split(".")
@@ -447,6 +466,10 @@ class _BridgeLayout:
         names = ("past_key_values", "layer_past", "cache")
         cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
         return 0 if cache is None else int(cache.get_seq_length(layer))
+
+    @staticmethod
+    def end(site: Site) -> str:
+        return f"blocks.{site.layer}.hook_out"
 
     def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
@@ -486,11 +509,11 @@ class _BridgeLayout:
         return Idle(linear, lambda: {"forward": nothing})
 
 
-def _found(name: str, stored: Tensor, bias: Tensor | None) -> Site:
+def _found(name: str, stored: Tensor, bias: Tensor | None, modules: tuple[type, ...]) -> Site:
     """In memory of its own."""
     weight = _flattened(name, stored)
     weight = weight.clone() if weight.data_ptr() == stored.data_ptr() else weight
-    return Site(name, weight, None if bias is None else bias.clone(), stored.shape[0] if stored.ndim == 3 else 1)
+    return Site(name, weight, None if bias is None else bias.clone(), stored.shape[0] if stored.ndim == 3 else 1, modules)
 
 
 def _flattened(name: str, stored: Tensor) -> Tensor:

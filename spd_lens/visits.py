@@ -61,6 +61,9 @@ def rewrite_hooks(
             if isinstance(visit.wire.read, str) and visit.wire.read in hook_points:
                 pairs.append((visit.wire.read, _Capture(visit)))
             pairs.append((visit.wire.write, _Override(visit)))
+        leave = layout.end(visits[0].wire.site)
+        if leave in hook_points:
+            pairs.append((leave, _Leave(visits)))
     return pairs
 
 
@@ -84,6 +87,7 @@ class _Visit:
     attention: nn.Module | None = None  # is told in its call how many positions came before; None where nobody asks
     seen: Callable[[Mapping[str, Any], int], int] | None = None
     start: int | None = None
+    pending: bool = False  # its block has begun and the site has not been come by
 
     @property
     def hook_names(self) -> list[str]:
@@ -112,6 +116,7 @@ class _Visit:
         self.wake = None
 
     def write(self, output: Tensor) -> Tensor | None:
+        self.pending = False
         passage = self.passage(output)
         if self.attention is not None:
             if self.start is None:
@@ -166,6 +171,21 @@ class _Override:
         if getattr(hook, "_target", None) is not None and hook.name != hook._target.name:
             return None  # compatibility mode calls a hook once per alias of its point
         return self.visit.write(tensor)
+
+
+class _Leave:
+    """Runs at the end of a block: hooks that were not called have done nothing, and nobody would know."""
+
+    def __init__(self, visits: Sequence[_Visit]):
+        self.visits = visits
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        for visit in self.visits:
+            if visit.pending:
+                visit.pending = False
+                raise SPDError(
+                    f"{visit.wire.site.name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced."
+                )
 
 
 class _Watch:
@@ -236,6 +256,7 @@ class _Arrive:
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         self.disarm()
         for visit in self.visits:
+            visit.pending = True
             check_unchanged(self.model, visit.wire.site)
             check_reached(self.model, visit.made)
         for watch in self.watches:

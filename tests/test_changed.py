@@ -109,6 +109,38 @@ def test_every_call_refuses_other_weights(change):
     refused(calls, "another matrix than was decomposed.*Give the model its weights back, or decompose")
 
 
+class Adapted(torch.nn.Linear):
+    """As adapters are: the weight is shown as it was, and more is computed."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["Bridge-native", "Bridge-llama"])
+def test_another_module_with_the_same_weight_is_noticed(name):
+    d, tokens = decomposed(name), zoo.tokens(2, 6)
+    calls = everything(d, tokens)
+    linear = getattr(d.model.blocks[0].mlp, "in")._modules["_original_component"]
+    linear.__class__ = Adapted
+    refused(calls, f"{IN} was computed by Linear when it was decomposed and is by Adapted now")
+    linear.__class__ = torch.nn.Linear
+    torch.nn.utils.parametrizations.weight_norm(linear)
+    with pytest.raises(SPDError, match=f"{IN} "):
+        d.run(tokens, ones(d))
+
+
+@pytest.mark.parametrize("name", ["Bridge-native", "Bridge-llama"])
+def test_hooks_that_the_pass_does_not_come_by_are_an_error(name):
+    """A block may be given another MLP behind TransformerBridge's back: hooks on the old one would do nothing, silently."""
+    d, tokens = decomposed(name), zoo.tokens(2, 6)
+    hooks = d.ablate({IN: range(6)})
+    d.model.blocks[0]._modules["_original_component"].mlp = torch.nn.Identity()
+    with pytest.raises(SPDError, match=f"{IN}: the model's forward pass did not come by"):
+        d.model.run_with_hooks(tokens, fwd_hooks=hooks)
+    with pytest.raises(SPDError, match="did not come by"), d.attached():
+        d.model.run_with_cache(tokens, names_filter=f"{IN}.hook_spd_ci")
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("site", SITES)
 def test_one_entry_of_any_kind_of_matrix_is_noticed_and_given_back(name, site):
