@@ -22,7 +22,7 @@ from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
-from spd_lens.sites import Hook, Passage, Rewrite, Site, check_unchanged, held, model_device
+from spd_lens.sites import Hook, Passage, Rewrite, Site, check_unchanged, drops_out, held, is_held, model_device
 from spd_lens.suffix import compared, compared_only, recorded, repeated, resumed
 from spd_lens.tables import Shown, Tabular
 from spd_lens.visits import rewrite_hooks
@@ -410,6 +410,10 @@ class Decomposition(Tabular):
         for site in self.sites.values():
             check_unchanged(self.model, site)
 
+    def _check_repeatable(self) -> None:
+        if not all(map(is_held, self.sites.values())) and drops_out(self.model):
+            raise SPDError("the model gives other logits each time it runs (dropout?); call model.eval() first.")
+
     def _forward(self, tokens: Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         reached = set()
 
@@ -421,6 +425,7 @@ class Decomposition(Tabular):
             return rewrite
 
         self.check_model()
+        self._check_repeatable()
         with held(self.sites.values()), rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
             logits = self.model(tokens, return_type="logits")
         for name in rewrites:

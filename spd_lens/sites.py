@@ -186,6 +186,10 @@ def held(sites: Iterable[Site]) -> Iterator[None]:
         _HELD.remove(these)
 
 
+def is_held(site: Site) -> bool:
+    return any(id(site) in these for these in _HELD)
+
+
 def check_unchanged(model: Any, site: Site) -> None:
     """An error where the model's matrix is not the one that was found any more.
 
@@ -194,7 +198,7 @@ def check_unchanged(model: Any, site: Site) -> None:
     Raises:
         SPDError: the site, what changed and how to mend it.
     """
-    if any(id(site) in these for these in _HELD):
+    if is_held(site):
         return
     layout, name, was = layout_of(model), site.name, site.weight
     try:
@@ -250,6 +254,11 @@ def layout_of(model: Any) -> "_HookedTransformerLayout | _BridgeLayout":
         f"a {type(model).__name__} was given as the model; spd_lens opens a HookedTransformer (transformer-lens 3.9) or a "
         "TransformerBridge. Wrap a Hugging Face model with TransformerBridge.boot_transformers(…)."
     )
+
+
+def drops_out(model: Any) -> bool:
+    """Whether it gives other logits each time."""
+    return model.training and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
 
 
 def is_causal(model: Any) -> bool:

@@ -89,7 +89,11 @@ def an_optimiser(d):
 
 def another_block(d):
     """The modules of the second block in the first."""
-    d.model.blocks[0].mlp = d.model.blocks[1].mlp
+    first, second = (block.mlp for block in d.model.blocks)
+    if type(d.model).__name__ == "HookedTransformer":
+        d.model.blocks[0].mlp = second
+    else:
+        getattr(first, "in")._modules["_original_component"] = getattr(second, "in")._modules["_original_component"]
 
 
 def assigned_data(d):
@@ -280,10 +284,23 @@ def test_another_dtype_is_refused_and_float32_mends_what_was_not_rounded(name, d
         refused(calls, "another matrix")
 
 
+def test_dropout_that_was_switched_on_is_refused():
+    """Importances, losses and effects would be of another model in each pass."""
+    d, tokens = decomposed("Bridge-gpt2"), zoo.tokens(2, 6)
+    calls = everything(d, tokens)
+    d.model.train()
+    refused(
+        {what: calls[what] for what in ("run", "observe", "importances", "verify", "attribution", "ablation_effects")},
+        r"call model.eval\(\)",
+    )
+    d.model.eval()
+    d.observe(tokens)
+
+
 def test_another_device_is_refused_site_by_site():
     d, tokens = decomposed(), zoo.tokens(2, 6)
     d.model.blocks[1].to("meta")
-    with pytest.raises(SPDError, match="the model is on meta and the decomposition is on cpu|no device"):
+    with pytest.raises(SPDError, match="the model is on meta and the decomposition is on cpu|meta device"):
         d.observe(tokens)
 
 
