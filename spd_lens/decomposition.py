@@ -23,7 +23,7 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import alone, steady
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
-from spd_lens.sites import Hook, Passage, Rewrite, Site, model_device
+from spd_lens.sites import Hook, Passage, Rewrite, Site, check_unchanged, drops_out, held, is_held, model_device
 from spd_lens.suffix import compared_only, recorded, repeated, resumed
 from spd_lens.tables import Shown, Tabular
 from spd_lens.tokens import TEXT_OPTIONS, Batch, TokensLike, is_text, take_in
@@ -170,6 +170,7 @@ class Decomposition(Tabular):
         delta = batch.aligned(delta) if isinstance(delta, Tensor) else delta
         return batch.given(self.masked(batch, masks, delta))
 
+    @steady(gradients=None)
     def masked(
         self, tokens: Batch | Tensor, masks: Mapping[str, Tensor], delta: float | int | Tensor = 0.0
     ) -> Float[Tensor, "b s vocabulary"]:
@@ -228,6 +229,7 @@ class Decomposition(Tabular):
 
         Your own hooks win: a patch upstream of a site is seen by its subcomponents, one on the same point comes after.
         """
+        self.check_model()
         return rewrite_hooks(self.model, self.sites, self._replacements(masks, delta), replacing=masks)
 
     @contextmanager
@@ -253,8 +255,8 @@ class Decomposition(Tabular):
             the model.
 
         Raises:
-            SPDError: unknown sites or masks of a wrong shape; the model on another device; another decomposition attached to one of the sites;
-                the model attached or being decomposed in another thread.
+            SPDError: unknown sites or masks of a wrong shape; a model that was moved or changed; another decomposition attached to one of the
+                sites; the model attached or being decomposed in another thread.
         """
         with alone(self.model, "attached (`with decomposition.attached():`)"), self._attached(masks, delta) as model:
             yield model
@@ -269,7 +271,7 @@ class Decomposition(Tabular):
             with self._attachment.set_to(masks, delta):
                 yield self.model
             return
-        self._check_device()
+        self.check_model()
         new = Attachment(self.model, self.sites, self.components, self.gates)
         with new.registered(), new.set_to(masks, delta), Overheard(self.model, new.hear):
             on = rewritten(self.model, self.sites, new.rewrites(), new.replacing, permanent=True)
@@ -383,8 +385,8 @@ class Decomposition(Tabular):
             swap_outputs, set_output, calibrate_on: as in `rewire`.
 
         Raises:
-            SPDError: as in `ablate` and `rewire`; tied or quantised weights, or a matrix of another shape than was decomposed. This model is
-                never changed.
+            SPDError: as in `ablate` and `rewire`; tied or quantised weights, or a matrix of another shape than was decomposed; a copy that
+                does not give what the hooks give on a few tokens. This model is never changed.
         """
         from spd_lens.interventions import edited_model
 
@@ -460,12 +462,19 @@ class Decomposition(Tabular):
         self.check_masks(masks, delta, batch)
         return {name: replace(name, mask) for name, mask in masks.items()}
 
-    def _check_device(self) -> None:
+    def check_model(self) -> None:
+        """An error where the model, or what of it was decomposed, is not as it was: moved, converted, other weights."""
         own = [c.V for c in self.components.values()] or [site.weight for site in self.sites.values()]  # before there are any components
         here, there = own[0].device, model_device(self.model)
         if here != there:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+        for site in self.sites.values():
+            check_unchanged(self.model, site)
+
+    def _check_repeatable(self) -> None:
+        if not all(map(is_held, self.sites.values())) and drops_out(self.model):
+            raise SPDError("the model gives other logits each time it runs (dropout?); call model.eval() first.")
 
     def _forward(self, tokens: Batch | Tensor, rewrites: Mapping[str, Rewrite], replacing: Collection[str] = ()) -> Tensor:
         batch, reached = Batch.of(tokens), set()
@@ -477,9 +486,11 @@ class Decomposition(Tabular):
 
             return rewrite
 
-        self._check_device()
-        with alone(self.model), rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
-            logits = self.model(batch.ids, return_type="logits", **batch.model_arguments)
+        with alone(self.model):
+            self.check_model()
+            self._check_repeatable()
+            with held(self.sites.values()), rewritten(self.model, self.sites, {name: noting(name) for name in rewrites}, replacing):
+                logits = self.model(batch.ids, return_type="logits", **batch.model_arguments)
         for name in rewrites:
             if name not in reached:
                 raise SPDError(f"{name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced.")

@@ -7,8 +7,8 @@
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import back, double, steady
 from spd_lens.masks import THRESHOLD
-from spd_lens.sites import Hook, Passage, Rewrite, layout_of, model_device
+from spd_lens.sites import Hook, Passage, Rewrite, model_device
 from spd_lens.visits import rewrite_hooks
-from spd_lens.weights import check_writable, rewritten
+from spd_lens.weights import check_writable, hooked, rewritten, set_weight
 
 if TYPE_CHECKING:
     from spd_lens.decomposition import Decomposition
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 One = tuple[str, int]  # a subcomponent: its site and its index
 
 SIDES = ("input", "output")
+LOOKED_AT, SAME = 8, 1e-3  # positions on which an edit is looked at; what rounding may make of it
 DEPENDENT = 1e-5  # a direction of which less than this lies outside the others' span adds nothing to it
 
 
@@ -158,10 +159,67 @@ def edited_model(
     calibrate_on: Any = None,
 ) -> Any:
     """See `Decomposition.edited_model`."""
-    changes, layout = _rewired(d, remove or {}, swap_outputs, set_output or {}, calibrate_on), layout_of(d.model)
-    for name, change in changes.items():
-        check_writable(d.model, name, [change.V.shape[0], change.U.shape[1]])
-    return rewritten(d.model, {name: change.weight(layout.site(name).weight) for name, change in changes.items()})
+    changes = _rewired(d, remove or {}, swap_outputs, set_output or {}, calibrate_on)
+    d.check_model()
+    for name in changes:
+        check_writable(d.model, name)
+    weights = {name: change.weight(d.sites[name].weight) for name, change in changes.items()}
+    new = rewritten(d.model, weights)
+    if changes:
+        _check_edited(d, new, changes, weights)
+    return new
+
+
+@torch.no_grad()
+def _check_edited(d: "Decomposition", new: Any, changes: Mapping[str, Change], weights: Mapping[str, Tensor]) -> None:
+    """An error where the copy does not compute with what was written: TransformerLens wraps some architectures in functions of the original's
+    modules, and a matrix may be read from another place than where it is shown.
+
+    1. With `-W` written, every changed matrix gives `-x·W`: nothing else would.
+    2. With W written back, hooks give what the edited weights give; the original, if nobody has hooks on it, gives the same.
+    """
+    vocabulary, length = d.model.cfg.d_vocab, min(LOOKED_AT, d.model.cfg.n_ctx)
+    tokens = torch.linspace(0, vocabulary - 1, 2 * length, dtype=torch.float32, device=model_device(d.model)).long().view(2, length)
+    seen: dict[str, float] = {}
+
+    def look(name: str) -> Rewrite:
+        def rewrite(passage: Passage) -> None:
+            assert passage.y is not None
+            product, y = passage.taken(passage.source @ -d.sites[name].weight), passage.taken(passage.y)
+            size = product.abs().max() + 0.01 * y.abs().max()  # of a product far below its bias little is left after the sum
+            seen[name] = float((passage.biased(product) - y).abs().max() / size.clamp_min(1e-30))
+
+        return rewrite
+
+    def logits(model: Any, hooks: list[Hook]) -> Tensor:
+        with model.hooks(fwd_hooks=hooks):
+            return model(tokens, return_type="logits")
+
+    def write(of: Mapping[str, Tensor], sign: int = 1) -> None:
+        for name in changes:
+            set_weight(new, name, sign * of[name])
+
+    added = {name: _added(change, Where(None, None, 1.0)) for name, change in changes.items()}
+    given, original = logits(new, []), {name: d.sites[name].weight for name in changes}
+    try:
+        write(original, -1)
+        negative = {name: replace(d.sites[name], weight=-weight) for name, weight in original.items()}
+        logits(new, rewrite_hooks(new, negative, {name: look(name) for name in changes}))
+        write(original)
+        wanted = [logits(new, rewrite_hooks(new, d.sites, added))]
+    finally:
+        write(weights)
+    if not hooked(d.model):
+        wanted.append(logits(d.model, rewrite_hooks(d.model, d.sites, added)))
+    for name in changes:
+        if not seen.get(name, inf) <= SAME:
+            raise SPDError(f"{name} of the copy is not what the copy computes with: TransformerLens runs this architecture in a way that cannot be "
+                           "copied. Use the hooks (ablate, rewire), which do the same.")  # fmt: skip
+    for one in wanted:
+        off = float((one - given).abs().max())
+        if not off <= SAME * float(one.abs().max()):
+            raise SPDError(f"the edited copy gives other logits than the hooks on {', '.join(changes)} (off by {off:.1e}). Has the model dropout? Then "
+                           "call model.eval() first. Else use the hooks (ablate, rewire), which do the same.")  # fmt: skip
 
 
 def choice(d: "Decomposition", chosen: Any) -> dict[str, list[int]]:
@@ -172,11 +230,7 @@ def choice(d: "Decomposition", chosen: Any) -> dict[str, list[int]]:
         )
     found = {name: list(dict.fromkeys(_integers(indices, name))) for name, indices in chosen.items()}
     d.check_chosen(found)
-    there = model_device(d.model)
-    for name in found:
-        if (here := d.components[name].V.device) != there:
-            raise SPDError(f"{name}: the model is on {there} and the decomposition is on {here}; load it again with "
-                           "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+    d.check_model()
     return found
 
 
@@ -271,14 +325,15 @@ def _exchanged(d: "Decomposition", pairs: list[tuple[One, One]], calibrate_on: A
 
 
 def _hooks(d: "Decomposition", changes: Mapping[str, Change], here: Where) -> list[Hook]:
-    def added(change: Change) -> Rewrite:
-        def rewrite(passage: Passage) -> Tensor:
-            assert passage.y is not None
-            return passage.y + here.weights(passage) * change.added(passage.source)
+    return _attachable(d, {name: _added(change, here) for name, change in changes.items()}, here)
 
-        return rewrite
 
-    return _attachable(d, {name: added(change) for name, change in changes.items()}, here)
+def _added(change: Change, here: Where) -> Rewrite:
+    def rewrite(passage: Passage) -> Tensor:
+        assert passage.y is not None
+        return passage.y + here.weights(passage) * change.added(passage.source)
+
+    return rewrite
 
 
 def _without(Q: Float[Tensor, "d_out r"], here: Where) -> Rewrite:

@@ -9,7 +9,8 @@ inside the block). There it is taken from the arguments of the attention or MLP 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -43,8 +44,9 @@ class Site(Tabular):
 
     Attributes:
         name: TransformerLens' own name, e.g. `blocks.0.attn.W_Q`, whichever class the model is.
-        weight: `[d_in, d_out]`, heads flattened (`W_Q`: d_out = head·d_head; `W_O`: d_in = head·d_head); detached.
-        bias: `[d_out]`, or None where the model has none. Biases are not decomposed.
+        weight: `[d_in, d_out]`, heads flattened (`W_Q`: d_out = head·d_head; `W_O`: d_in = head·d_head); a copy, which stays as it was found
+            whatever becomes of the model.
+        bias: `[d_out]`, a copy too, or None where the model has none. Biases are not decomposed.
         heads: how many heads the matrix has of its own (grouped keys and values: fewer than queries); 1 in an MLP.
     """
 
@@ -52,6 +54,7 @@ class Site(Tabular):
     weight: Float[Tensor, "d_in d_out"]
     bias: Float[Tensor, " d_out"] | None
     heads: int
+    modules: tuple[type, ...] = ()  # the classes that compute it, from the block's part inwards
 
     @property
     def d_in(self) -> int:
@@ -98,6 +101,7 @@ class Passage:
         bias: what a replacement of `y` has to add; None where the model adds the bias later or has none.
         by_head: `[head, b, s, d_in]` where each head reads (`use_split_qkv_input`) or writes (`use_attn_result`) alone.
         start: where in the whole sequence `x` begins: not 0 where a key/value cache holds what came before. Known where it was asked for.
+        apart: each head reads alone, so that of `[head, b, s, d_out]` the h-th head's columns of the h-th entry are what is taken.
     """
 
     x: Float[Tensor, "b s d_in"]
@@ -105,11 +109,18 @@ class Passage:
     bias: Float[Tensor, " d_out"] | None
     by_head: Float[Tensor, "head b s d_in"] | None = None
     start: int = 0
+    apart: bool = False
 
     @property
     def source(self) -> Tensor:
         """What a linear map that is to replace the matrix should be applied to: `[b, s, d_in]` or `[head, b, s, d_in]`."""
         return self.x if self.by_head is None else self.by_head
+
+    def taken(self, output: Tensor) -> Tensor:
+        """Of an output for `source`, what the model goes on with: `[b, s, d_out]`; `[head, b, s, d_out]` where heads write alone."""
+        if not self.apart or self.by_head is None:
+            return output
+        return rearrange(output.unflatten(-1, (len(self.by_head), -1)).diagonal(dim1=0, dim2=3), "b s d h -> b s (h d)")
 
     def biased(self, output: Tensor) -> Tensor:
         return output if self.bias is None else output + self.bias
@@ -164,6 +175,75 @@ class Idle:
         return end
 
 
+_HELD: list[frozenset[int]] = []  # sites that were looked at and that nobody changes at this moment
+
+
+@contextmanager
+def held(sites: Iterable[Site]) -> Iterator[None]:
+    """Inside, nobody looks whether these are still as they were found: of use to passes by the thousand that change nothing."""
+    these = frozenset(map(id, sites))
+    _HELD.append(these)
+    try:
+        yield
+    finally:
+        _HELD.remove(these)
+
+
+def is_held(site: Site) -> bool:
+    return any(id(site) in these for these in _HELD)
+
+
+def check_unchanged(model: Any, site: Site) -> None:
+    """An error where the model's matrix is not the one that was found any more.
+
+    Entry by entry, since `.data` and numpy write into a matrix without a trace in its version or address. A pass reads the matrix too.
+
+    Raises:
+        SPDError: the site, what changed and how to mend it.
+    """
+    if is_held(site):
+        return
+    layout, name, was = layout_of(model), site.name, site.weight
+    try:
+        now, bias = layout.stored(name), layout.bias(name)
+    except Exception as error:  # there is no such module, or TransformerLens cannot read its weight any more (quantised)
+        if name in layout.names() and (reason := layout.refusal(name)):
+            raise SPDError(f"{name} cannot be reached any more: {reason}") from error
+        raise SPDError(
+            f"{name} was decomposed, but this model has no such matrix; give the decomposition the model that it was made from."
+        ) from error
+    if now.device != was.device:
+        raise SPDError(f"{name}: the model is on {now.device} and the decomposition is on {was.device}; load it again with "
+                       "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+    if now.dtype != was.dtype:
+        raise SPDError(f"{name} was {was.dtype} when it was decomposed and is {now.dtype} now; call model.to({was.dtype}). "
+                       "What was rounded meanwhile has to be loaded again.")  # fmt: skip
+    if (found := _shape(name, now)) != list(was.shape):
+        raise SPDError(
+            f"{name} is {found} in this model and was {list(was.shape)} when it was decomposed; load the model that it was made from."
+        )
+    if not torch.equal(now, unflattened(name, was, now)):
+        raise SPDError(f"{name} is another matrix than was decomposed: the model's weights were changed since (in place, load_state_dict, fold_…, "
+                       "process_weights_). Give the model its weights back, or decompose it as it is now.")  # fmt: skip
+    if not (bias is None or site.bias is None or torch.equal(bias, site.bias)) or (bias is None) != (site.bias is None):
+        raise SPDError(f"{name}: its bias is another than when it was decomposed (changed in place, load_state_dict, fold_value_biases). "
+                       "Give the model its bias back, or decompose it as it is now.")  # fmt: skip
+    if site.modules and (modules := layout.modules(name)) != site.modules:
+        other = next((a.__name__, b.__name__) for a, b in zip((*site.modules, type(None)), (*modules, type(None))) if a is not b)
+        raise SPDError(f"{name} was computed by {other[0]} when it was decomposed and is by {other[1]} now (an adapter, a parametrisation?). "
+                       "Undo that, or decompose the model as it is now.")  # fmt: skip
+    if reason := layout.flagged(name):
+        raise SPDError(f"{name} cannot be reached any more: {reason}")
+
+
+def check_reached(model: Any, made: Wire) -> None:
+    """An error where the model's flags lead to another way than when hooks were made."""
+    now = layout_of(model).wire(made.site)
+    if (now.read, now.write, now.norm is None, now.idle is None) != (made.read, made.write, made.norm is None, made.idle is None):
+        raise SPDError(f"{made.site.name}: the model's flags were changed (set_use_split_qkv_input, set_use_attn_result, …) after these hooks "
+                       "were made; make the hooks again.")  # fmt: skip
+
+
 def model_is_supported(model: Any) -> bool:
     return isinstance(model, TransformerBridge) or (HookedTransformer is not None and isinstance(model, HookedTransformer))
 
@@ -193,6 +273,11 @@ def expect_uncompiled(model: Any) -> None:
         else:
             continue
         raise SPDError(f"{place} was compiled (torch.compile), and compiled code passes by hooks; {mend}.")
+
+
+def drops_out(model: Any) -> bool:
+    """Whether it gives other logits each time."""
+    return model.training and any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in model.modules())
 
 
 def is_causal(model: Any) -> bool:
@@ -271,6 +356,8 @@ class _HookedTransformerLayout:
         advice = "Load the model as a TransformerBridge instead."
         if getattr(cfg, "load_in_4bit", False):
             return "the weights are quantised to 4 bits. Load the model in float32."
+        if reason := self.flagged(name):
+            return reason
         if ".mlp." in name and type(block.mlp).__name__ not in self._known:
             return f"its MLP is a {type(block.mlp).__name__}, whose experts have no hooks of their own. Leave the MLP sites out."
         if kind == "W_gate" and not hasattr(block.mlp, "W_gate"):
@@ -281,9 +368,22 @@ class _HookedTransformerLayout:
             return f"HookedTransformer normalises its output before the hook ({cfg.original_architecture}). {advice}"
         return None
 
+    def modules(self, name: str) -> tuple[type, ...]:
+        return (type(self._parameter(name)[0]),)
+
+    def flagged(self, name: str) -> str | None:
+        """Why the model's flags, as they stand now, keep the site from being served."""
+        if self.model.cfg.ungroup_grouped_query_attention and self._parameter(name)[1].startswith("_"):
+            return "its heads are repeated before the hook. Switch that off with model.set_ungroup_grouped_query_attention(False)."
+        return None
+
     def site(self, name: str) -> Site:
+        return _found(name, self.stored(name), self.bias(name), self.modules(name))
+
+    def bias(self, name: str) -> Tensor | None:
+        """`[d_out]` as the model has it now."""
         module, own = self._parameter(name)
-        return _flattened(name, self.stored(name), getattr(module, own.replace("W_", "b_"), None))
+        return _flat(getattr(module, own.replace("W_", "b_"), None))
 
     def stored(self, name: str) -> Tensor:
         """The matrix where the model has it, heads apart where it has them so: what is written here, the model computes with."""
@@ -300,6 +400,11 @@ class _HookedTransformerLayout:
         """How many positions attention's key/value cache holds already, from the keyword arguments of its call."""
         entry = arguments.get("past_kv_cache_entry")
         return 0 if entry is None else entry.past_keys.shape[1]
+
+    @staticmethod
+    def end(site: Site) -> str:
+        """The hook that fires last in the block."""
+        return f"blocks.{site.layer}.hook_resid_post"
 
     def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
@@ -371,10 +476,22 @@ class _BridgeLayout:
             return "its weight is on no device (offloaded). Load the model without a device_map."
         return None
 
-    def site(self, name: str) -> Site:
+    def modules(self, name: str) -> tuple[type, ...]:
         _, layer, part, kind = name.split(".")
         module = getattr(self.model.blocks[int(layer)], part)
-        return _flattened(name, self.stored(name), getattr(module, kind.replace("W_", "b_"), None))
+        child = self._part(module, {**ATTENTION, **MLP}[kind])
+        return (type(module), type(child), type(None if child is None else child._modules.get("_original_component")))
+
+    @staticmethod
+    def flagged(name: str) -> str | None:
+        return None
+
+    def site(self, name: str) -> Site:
+        return _found(name, self.stored(name), self.bias(name), self.modules(name))
+
+    def bias(self, name: str) -> Tensor | None:
+        _, layer, part, kind = name.split(".")
+        return _flat(getattr(getattr(self.model.blocks[int(layer)], part), kind.replace("W_", "b_"), None))
 
     def stored(self, name: str) -> Tensor:
         """A view of the parameter that the bridge computes with: of a part of GPT-2's fused `c_attn`, say."""
@@ -387,6 +504,10 @@ class _BridgeLayout:
         names = ("past_key_values", "layer_past", "cache")
         cache = next((arguments[name] for name in names if arguments.get(name) is not None), None)
         return 0 if cache is None else int(cache.get_seq_length(layer))
+
+    @staticmethod
+    def end(site: Site) -> str:
+        return f"blocks.{site.layer}.hook_out"
 
     def wire(self, site: Site) -> Wire:
         base, cfg = f"blocks.{site.layer}", self.model.cfg
@@ -426,12 +547,28 @@ class _BridgeLayout:
         return Idle(linear, lambda: {"forward": nothing})
 
 
-def _flattened(name: str, weight: Tensor, bias: Tensor | None) -> Site:
+def _found(name: str, stored: Tensor, bias: Tensor | None, modules: tuple[type, ...]) -> Site:
+    """In memory of its own."""
+    weight = _flattened(name, stored)
+    weight = weight.clone() if weight.data_ptr() == stored.data_ptr() else weight
+    return Site(name, weight, None if bias is None else bias.clone(), stored.shape[0] if stored.ndim == 3 else 1, modules)
+
+
+def _flattened(name: str, stored: Tensor) -> Tensor:
     """Heads next to their own axis: `W_Q [h, d, dh] → [d, h·dh]`, `W_O [h, dh, d] → [h·dh, d]`."""
-    heads = weight.shape[0] if weight.ndim == 3 else 1
-    if weight.ndim == 3:
-        weight = rearrange(weight, "h dh d -> (h dh) d" if name.endswith("W_O") else "h d dh -> d (h dh)")
-    return Site(name, weight, None if bias is None else bias.detach().flatten(), heads)
+    if stored.ndim == 2:
+        return stored
+    return rearrange(stored, "h dh d -> (h dh) d" if name.endswith("W_O") else "h d dh -> d (h dh)")
+
+
+def _shape(name: str, stored: Tensor) -> list[int]:
+    *heads, rows, columns = stored.shape
+    many = heads[0] if heads else 1
+    return [many * rows, columns] if name.endswith("W_O") else [rows, many * columns]
+
+
+def _flat(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().flatten()
 
 
 def unflattened(name: str, weight: Float[Tensor, "d_in d_out"], like: Tensor) -> Tensor:

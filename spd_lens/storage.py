@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spd_lens.components import Components
+from spd_lens.components import Components, check_weight
 from spd_lens.config import SPDConfig
 from spd_lens.decomposition import Decomposition
 from spd_lens.errors import SPDError, nearest
@@ -321,6 +321,7 @@ def load_decomposition(folder: str | Path, model: Any) -> Decomposition:
             raise SPDError(f"{folder}: no site matches {brief(name)} in this model; {nearest(name, available)}.")
     sites = find_sites(model, list(described))
     for name, site in sites.items():
+        check_weight(site)
         was = described[name]
         expect_shape(f"{folder}: {name}", (was["d_in"], was["d_out"]), (site.d_in, site.d_out), "the model's matrix")
     saved = Saved(folder / TENSORS, Belonging)

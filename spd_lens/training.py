@@ -41,7 +41,7 @@ from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from, of_stream
 from spd_lens.ranks import ALONE, Ranks, join
 from spd_lens.retirement import close, retire
 from spd_lens.schema import Count, Natural, brief
-from spd_lens.sites import Site, find_sites, is_causal, model_device
+from spd_lens.sites import Site, find_sites, held, is_causal, model_device
 from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
 from spd_lens.tokens import Batch
 
@@ -141,7 +141,7 @@ def decompose(
         folder = checkpoint.parent
         numbers = sum(site.weight.numel() + 40 * (site.d_in + site.d_out) * count(config, site.name) for site in sites.values())
         ranks.only_first(lambda: check_writable(folder, 12 * numbers))
-    with frozen(model), reproducible():
+    with frozen(model), reproducible(), held(sites.values()):
         decomposition = initialised(model, sites, data.example, config, data.sample, None if other is None else other.sample, data.reach)
         ranks.from_first(decomposition.state().values())
         check_identity(decomposition, data.example[:2])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from spd_lens.errors import SPDError
-from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, expect_uncompiled, layout_of
+from spd_lens.sites import Hook, Passage, Rewrite, Site, Wire, check_reached, check_unchanged, expect_uncompiled, layout_of
 
 
 def rewrite_hooks(
@@ -49,8 +49,8 @@ def rewrite_hooks(
             raise SPDError(f"{name}: the model has no hook point {wire.write} any more; something has taken its place (an SAE of SAELens?). "
                            "Give the hooks to the model before that, or use `with decomposition.attached():` after it.")  # fmt: skip
         read = wire.read if isinstance(wire.read, int) else _through(wire.read, hook_points)
-        wire = replace(wire, entry=_through(wire.entry, hook_points), read=read)
-        visit = _Visit(wire, rewrite, replacing)
+        made, wire = wire, replace(wire, entry=_through(wire.entry, hook_points), read=read)
+        visit = _Visit(wire, rewrite, made, replacing)
         if counting:
             visit.attention, visit.seen = getattr(model.blocks[wire.site.layer], "attn", None), layout.seen
             if visit.attention is None:
@@ -58,11 +58,14 @@ def rewrite_hooks(
         blocks.setdefault(wire.entry, []).append(visit)
     for entry, visits in blocks.items():
         points = {name: hook_points[name] for visit in visits for name in visit.hook_names if name in hook_points}
-        pairs.append((entry, _Arrive(visits, points)))
+        pairs.append((entry, _Arrive(visits, points, model)))
         for visit in visits:
             if isinstance(visit.wire.read, str) and visit.wire.read in hook_points:
                 pairs.append((visit.wire.read, _Capture(visit)))
             pairs.append((visit.wire.write, _Override(visit)))
+        leave = layout.end(visits[0].wire.site)
+        if leave in hook_points:
+            pairs.append((leave, _Leave(visits)))
     return pairs
 
 
@@ -78,6 +81,7 @@ class _Visit:
 
     wire: Wire
     rewrite: Rewrite
+    made: Wire  # as the flags stood when the hooks were made
     replacing: Collection[str] = ()
     skips: bool = False
     read: Tensor | None = None
@@ -85,6 +89,7 @@ class _Visit:
     attention: nn.Module | None = None  # is told in its call how many positions came before; None where nobody asks
     seen: Callable[[Mapping[str, Any], int], int] | None = None
     start: int | None = None
+    pending: bool = False  # its block has begun and the site has not been come by
 
     @property
     def hook_names(self) -> list[str]:
@@ -113,6 +118,7 @@ class _Visit:
         self.wake = None
 
     def write(self, output: Tensor) -> Tensor | None:
+        self.pending = False
         passage = self.passage(output)
         if self.attention is not None:
             if self.start is None:
@@ -139,7 +145,7 @@ class _Visit:
                 read = wire.norm(read)
             by_head = rearrange(read[:, :, : site.heads], "b s h d -> h b s d")
             y = output.flatten(2).expand(site.heads, -1, -1, -1)
-            return Passage(by_head.mean(0), y, bias, by_head)
+            return Passage(by_head.mean(0), y, bias, by_head, apart=True)
         return Passage(read.flatten(2), None if self.skips else output.flatten(2), bias)
 
     def back(self, passage: Passage, new: Tensor, output: Tensor) -> Tensor:
@@ -147,8 +153,7 @@ class _Visit:
         if self.wire.result_by_head:
             return rearrange(new, "h b s d -> b s h d")
         if passage.by_head is not None:  # head h of the output, computed from head h of the input
-            own = new.unflatten(-1, (self.wire.site.heads, -1)).diagonal(dim1=0, dim2=3)
-            return rearrange(own, "b s d h -> b s h d").reshape(output.shape)
+            return passage.taken(new).reshape(output.shape)
         return new.reshape(*output.shape[:-1], -1)  # a product that was skipped has heads without width
 
 
@@ -168,6 +173,21 @@ class _Override:
         if getattr(hook, "_target", None) is not None and hook.name != hook._target.name:
             return None  # compatibility mode calls a hook once per alias of its point
         return self.visit.write(tensor)
+
+
+class _Leave:
+    """Runs at the end of a block: hooks that were not called have done nothing, and nobody would know."""
+
+    def __init__(self, visits: Sequence[_Visit]):
+        self.visits = visits
+
+    def __call__(self, tensor: Tensor, hook: Any) -> None:
+        for visit in self.visits:
+            if visit.pending:
+                visit.pending = False
+                raise SPDError(
+                    f"{visit.wire.site.name}: the model's forward pass did not come by this matrix's hooks, so it cannot be replaced."
+                )
 
 
 class _Watch:
@@ -221,10 +241,11 @@ class _Watch:
 
 
 class _Arrive:
-    """Runs at the entry of a block: arms what has to be armed and settles the order of the hooks in the block."""
+    """Runs at the entry of a block: sees that its matrices are those that were decomposed, arms what has to be armed and settles the order of
+    the hooks in the block."""
 
-    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint]):
-        self.visits, self.points = visits, points
+    def __init__(self, visits: Sequence[_Visit], points: Mapping[str, HookPoint], model: Any):
+        self.visits, self.points, self.model = visits, points, model
         modules = {module: None for visit in visits for module in visit.watched}
         self.watches = [_Watch(module, [visit for visit in visits if module in visit.watched], points) for module in modules]
 
@@ -236,6 +257,10 @@ class _Arrive:
 
     def __call__(self, tensor: Tensor, hook: Any) -> None:
         self.disarm()
+        for visit in self.visits:
+            visit.pending = True
+            check_unchanged(self.model, visit.wire.site)
+            check_reached(self.model, visit.made)
         for watch in self.watches:
             watch.begin()
         for visit in self.visits:  # what one of several rewrites of a matrix looks at has to be computed

@@ -1,12 +1,15 @@
 """A model's weights written anew: an independent copy with other matrices in it.
 
-1. Refused before anything is copied: a matrix that other modules share (tied), one that cannot be served (quantised), another shape.
-2. The copy: the model without anybody's hooks and without what the last pass left in it.
+1. Refused before anything is copied: a matrix that other modules share (tied), one that cannot be served (quantised).
+2. The copy: the model without anybody's hooks and without what the last pass left in it. What closes over the model's modules, as
+   TransformerLens' own wrappers do, closes over the copy's.
 3. Every matrix of the copy is read back: the written ones as wanted, all others as before.
 """
 
 import copy
+import functools
 from collections.abc import Mapping
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -49,16 +52,11 @@ def set_weight(model: Any, name: str, weight: Float[Tensor, "d_in d_out"]) -> No
     stored.copy_(unflattened(name, weight, stored))
 
 
-def check_writable(model: Any, name: str, shape: list[int]) -> None:
-    """An error where the matrix is not the model's own plain tensor of this `[d_in, d_out]`."""
+def check_writable(model: Any, name: str) -> None:
+    """An error where the matrix is not the model's own plain tensor."""
     layout = layout_of(model)
-    if name not in layout.names():
-        raise SPDError(f"{name} was decomposed, but this model has no such matrix; give the decomposition the model that it was made from.")
     if reason := layout.refusal(name):
         raise SPDError(f"{name} cannot be edited: {reason}")
-    found = list(layout.site(name).weight.shape)
-    if found != shape:
-        raise SPDError(f"{name} is {found} in this model and was {shape} when it was decomposed; load the model that it was made from.")
     stored, _, layer, part = layout.stored(name), *name.split(".")[:3]
     own = {id(module) for module in getattr(model.blocks[int(layer)], part).modules()}
     for owner, module in model.named_modules():
@@ -104,8 +102,12 @@ def copied(model: Any) -> Any:
     users += [
         hook for module in model.modules() for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()) if _ours(hook)
     ]
+    copies: dict[int, Any] = {id(hook): hook for hook in users}
     with _Detaching():
-        new = copy.deepcopy(model, {id(hook): hook for hook in users})
+        new = copy.deepcopy(model, copies)
+    for module in new.modules():
+        for key, value in vars(module).items():
+            vars(module)[key] = _rebound(value, copies)
     for point in _points(new):
         point.remove_hooks("both", including_permanent=True)
         point.clear_context()
@@ -126,6 +128,34 @@ def copied(model: Any) -> Any:
     return new
 
 
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """`deepcopy` takes a function as it is: one made inside a method still computes with the modules that it closed over."""
+    if isinstance(value, MethodType):
+        return MethodType(_rebound(value.__func__, copies), value.__self__)
+    if id(value) in copies or not _reaches(value, copies, set()):
+        return copies.get(id(value), value)
+    cells = tuple(CellType() for _ in value.__closure__)
+    function = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    function.__kwdefaults__ = value.__kwdefaults__
+    copies[id(value)] = functools.update_wrapper(function, value)
+    for cell, held in zip(cells, _held(value)):
+        cell.cell_contents = copies.get(id(held), held) if isinstance(held, (torch.nn.Module, Tensor)) else _rebound(held, copies)
+    return function
+
+
+def _reaches(value: Any, copies: Mapping[int, Any], seen: set[int]) -> bool:
+    """Whether it is a function that closes over something that was copied, itself or through others."""
+    if not isinstance(value, FunctionType) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(id(held) in copies if isinstance(held, (torch.nn.Module, Tensor)) else _reaches(held, copies, seen) for held in _held(value))
+
+
+def _held(function: FunctionType) -> list[Any]:
+    """What it closes over; an error of Python's where that is not there yet."""
+    return [cell.cell_contents for cell in function.__closure__ or ()]
+
+
 def _ours(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("spd_lens")
 
@@ -144,6 +174,11 @@ def _share_alike(model: Any, new: Any) -> None:
         for old, own in group.values():
             if old is not whole and whole.is_contiguous() and _within(old, whole):
                 own.data = base.data.as_strided(old.shape, old.stride(), old.storage_offset() - whole.storage_offset())
+
+
+def hooked(model: Any) -> bool:
+    """Whether anybody has hooks on its hook points, which a copy goes without."""
+    return any(point.fwd_hooks for point in _points(model))
 
 
 def _points(model: Any) -> list[HookPoint]:

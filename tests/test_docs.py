@@ -89,10 +89,10 @@ def messages():
 
 
 def reasons():
-    """Why a matrix is refused: what the functions `refusal` return."""
+    """Why a matrix is refused: what the functions `refusal` and `flagged` return."""
     for path in PACKAGE.rglob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef) and function.name == "refusal":
+            if isinstance(function, ast.FunctionDef) and function.name in ("refusal", "flagged"):
                 for node in ast.walk(function):
                     if isinstance(node, ast.Return) and node.value is not None:
                         yield from (pattern for pattern, _ in text_of(node.value))

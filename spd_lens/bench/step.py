@@ -13,7 +13,7 @@ from spd_lens.bench.models import CLASSES, LAYERS, VOCABULARY, WIDTH, gpt2, rand
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import frozen, reproducible
-from spd_lens.sites import find_sites
+from spd_lens.sites import find_sites, held
 from spd_lens.tasks import induction
 from spd_lens.training import Trainer, initialised
 
@@ -100,7 +100,7 @@ def step_of(trainer: Trainer, data: Iterator[Tensor], device: str) -> Work:
     """One step as `decompose` takes it."""
 
     def step() -> None:
-        with frozen(trainer.decomposition.model), reproducible():
+        with frozen(trainer.decomposition.model), reproducible(), held(trainer.decomposition.sites.values()):
             trainer.step(next(data).to(device))
 
     return step
