@@ -17,9 +17,7 @@ def blocks(path):
 
 
 def small_model():
-    model = zoo.wrapped("gpt2")
-    object.__setattr__(model, "to_tokens", lambda texts: zoo.tokens(len(texts)))
-    return model
+    return zoo.reading("right", "<eos>", zoo.wrapped("gpt2"))
 
 
 @pytest.mark.parametrize("number", range(2))
@@ -34,6 +32,8 @@ def test_the_readmes_code(number, tmp_path, monkeypatch):
     scope = {"small_model": small_model}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["decomposition"].steps_done == 2
+    if number == 0:
+        assert scope["decomposition"].batch(scope["tokens"]).lengths is not None, "the first example is of texts of different lengths"
 
 
 def test_a_loss_of_ones_own_as_the_docs_show_it():

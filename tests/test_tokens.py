@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import BatchEncoding
 
 import spd_lens
 from spd_lens import SPDConfig, SPDError, decompose, masks
@@ -290,31 +289,13 @@ def test_the_compared_outputs():
 # --- taking in ---
 
 
-def tokenizer(side, pad="<pad>"):
-    words = ["<bos>", "<eos>", "<pad>", "<unk>", *(f"w{i}" for i in range(zoo.VOCABULARY - 4))]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token=pad, unk_token="<unk>", padding_side=side,
-                                   name_or_path="words", add_bos_token=True)  # fmt: skip
-
-
-def reading(side, pad="<pad>"):
-    """A model that reads text."""
-    model = zoo.ALL[FEW[0]]()
-    if hasattr(model, "set_tokenizer"):
-        model.set_tokenizer(tokenizer(side, pad), default_padding_side=side)
-    else:
-        model.tokenizer = tokenizer(side, pad)
-    return model
-
-
 TEXTS = ["w1 w2 w3", "w5 w6 w7 w8 w9 w10 w11", "w20 w21"]
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<bos>", "<eos>"])
 @pytest.mark.parametrize("side", SIDES)
 def test_padding_of_texts_dicts_and_the_models_own_tokens_is_found(side, pad):
-    model = reading(side, pad)
+    model = zoo.reading(side, pad)
     own = model.to_tokens(TEXTS)
     lengths = [model.to_tokens(text).shape[1] for text in TEXTS]
     mask = torch.tensor([[1] * n + [0] * (own.shape[1] - n) if side == "right" else [0] * (own.shape[1] - n) + [1] * n for n in lengths])
@@ -329,20 +310,20 @@ def test_padding_of_texts_dicts_and_the_models_own_tokens_is_found(side, pad):
 
 
 def test_a_mask_that_is_given_has_the_last_word():
-    model = reading("right")
+    model = zoo.reading("right")
     own = model.to_tokens(TEXTS)
     assert take_in(model, own).numel < own.numel()
     assert take_in(model, own, torch.ones_like(own)).numel == own.numel()
 
 
 def test_a_text_that_ends_with_the_token_of_padding_is_whole():
-    model = reading("right", "<eos>")
+    model = zoo.reading("right", "<eos>")
     assert take_in(model, ["w1 w2 <eos>", "w1"]).lengths.tolist() == [4, 2]
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_options_of_the_models_own_reach_it(side):
-    d = decompose(reading("right"), zoo.tokens(4), SPDConfig(steps=0, subcomponents=40), progress=False)
+    d = decompose(zoo.reading("right"), zoo.tokens(4), SPDConfig(steps=0, subcomponents=40), progress=False)
     for options in (
         {},
         {"prepend_bos": False},
@@ -364,7 +345,7 @@ def test_options_of_the_models_own_reach_it(side):
 
 
 def test_what_is_no_batch_is_told():
-    model, (ids, mask) = reading("right"), padded("right")
+    model, (ids, mask) = zoo.reading("right"), padded("right")
     none = mask.clone()
     none[1] = 0
     gaps = mask.clone()

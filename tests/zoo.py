@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import PreTrainedTokenizerFast
 
 try:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -76,6 +78,25 @@ def wrapped(kind: str, processing: bool | None = None, **flags: bool) -> Any:
     for flag, value in flags.items():
         getattr(bridge, f"set_{flag}")(value)
     return bridge
+
+
+def tokenizer(side: str, pad: str = "<pad>") -> PreTrainedTokenizerFast:
+    """Words w0, w1, … of the vocabulary; any other is unknown."""
+    words = ["<bos>", "<eos>", "<pad>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>", pad_token=pad, unk_token="<unk>", padding_side=side,
+                                   name_or_path="words", add_bos_token=True)  # fmt: skip
+
+
+def reading(side: str, pad: str = "<pad>", model: Any = None) -> Any:
+    """A model that reads text."""
+    model = model or (hooked(normalization_type="LN") if HookedTransformer is not None else wrapped("gpt2", processing=True))
+    if hasattr(model, "set_tokenizer"):
+        model.set_tokenizer(tokenizer(side, pad), default_padding_side=side)
+    else:
+        model.tokenizer = tokenizer(side, pad)
+    return model
 
 
 HOOKED: dict[str, Callable[[], Any]] = {
