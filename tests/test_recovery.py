@@ -46,7 +46,7 @@ def test_forward_and_back_by_hand(d, tokens):
     c = d.components[SITE]
     for k in range(3):
         for a in range(28):
-            one, other = torch.outer(V[:, k], U[k]), torch.outer(c.V[:, a], c.U[a])
+            one, other = torch.outer(V[:, k], U[k]), torch.outer(c.V[:, a], c.U[a]).detach()
             assert float(found.likeness[SITE][k, a]) == pytest.approx(abs(float((one * other).sum() / one.norm() / other.norm())), abs=1e-5)
     assert found.mean == pytest.approx(float(found.likeness[SITE].amax(1).mean())) and found.above == 0
     assert found.back == pytest.approx(float(found.likeness[SITE].amax(0).mean()))
