@@ -10,7 +10,7 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.schema import Count, Natural, brief, check
 
 Importance = Literal["attention", "vector", "scalar"]
-Initialisation = Literal["fisher", "svd", "random"]
+Initialisation = Literal["fisher", "svd", "random", "positions"]
 Positions = Literal["all", "last"]
 MaskKind = Literal["mixed", "uniform"]
 Precision = Literal["float32", "bfloat16"]
@@ -70,6 +70,11 @@ class Schedule:
         return after[1]
 
 
+def falling(first: float | int, last: float | int, pieces: int = 8) -> tuple[tuple[float, float], ...]:
+    """From the first value to the last by equal factors, as `Schedule` points."""
+    return tuple((i / pieces, first * (last / first) ** (i / pieces)) for i in range(pieces + 1))
+
+
 ScheduleLike = Any  # Schedule, number, (fraction, value) pairs, or what a Schedule was in JSON
 
 DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
@@ -96,7 +101,8 @@ class SPDConfig:
         gate_bias: where importances start (1: all on).
         distance_decay: the relative positional bias starts at minus this, per position of distance.
         init: `fisher` starts from the singular vectors in the metric of the output's KL on the first batches (`spd_lens.curvature`):
-            few subcomponents carry what the output needs, from the start. `svd`: the matrix's own; `random`: noise.
+            few subcomponents carry what the output needs, from the start. `positions`: directions that are read at few positions each
+            (`spd_lens.components.from_positions`). `svd`: the matrix's own; `random`: noise.
         steps: training steps; 0 returns the initialised decomposition.
         batch_size: sequences a step (where tokens are one tensor; an iterable brings its own batches).
         learning_rate: Adam's.
@@ -104,6 +110,7 @@ class SPDConfig:
             matter.
         retire_at: fractions of training at which subcomponents that are not needed are retired (`spd_lens.retirement`); () for never.
         retire_tolerance: KL in nats per output that what is retired at once may cost.
+        merge_at: fractions of training at which subcomponents that read and write alike are made one (`spd_lens.retirement`).
         exact: at the end `V·U = W` is made exact by the least change of U, where there are enough subcomponents and it costs no more than
             `retire_tolerance`.
         output_positions: compare outputs at `all` positions or at the `last`.
@@ -133,6 +140,7 @@ class SPDConfig:
     scaled_rate: bool = True
     retire_at: Sequence[float | int] = (0.3, 0.45)
     retire_tolerance: float | int = 3e-4
+    merge_at: Sequence[float | int] = ()
     exact: bool = True
     output_positions: Positions | str = "all"
     seed: Natural = 0
@@ -160,7 +168,8 @@ class SPDConfig:
             keep(self, name, float(getattr(self, name)))
         for name in ("learning_rate", "minimality_power"):
             keep(self, name, Schedule.of(getattr(self, name)))
-        keep(self, "retire_at", tuple(map(float, self.retire_at)))
+        for name in ("retire_at", "merge_at"):
+            keep(self, name, tuple(map(float, getattr(self, name))))
         keep(self, "weights", {name: Schedule.of(weight) for name, weight in self.weights.items()})
         for name, kind in {
             "importance": Importance,
@@ -172,8 +181,11 @@ class SPDConfig:
             given = getattr(self, name)
             if given not in get_args(kind):
                 raise SPDError(f"{name} was given as {brief(given)}; {nearest(given, get_args(kind))}.")
-        if not all(0 <= at < 1 for at in self.retire_at):
-            raise SPDError(f"retire_at was given as {brief(self.retire_at)}; its fractions of training have to lie in 0 … 1, 1 left out.")
+        for name in ("retire_at", "merge_at"):
+            if not all(0 <= at < 1 for at in getattr(self, name)):
+                raise SPDError(
+                    f"{name} was given as {brief(getattr(self, name))}; its fractions of training have to lie in 0 … 1, 1 left out."
+                )
         if self.retire_tolerance < 0:
             raise SPDError(f"retire_tolerance was given as {self.retire_tolerance!r}; it has to be at least 0.")
         if self.frequency_scale <= 0:
@@ -190,6 +202,18 @@ class SPDConfig:
             weights={"faithfulness": 1e3, "plain": 0.5, "stochastic": 1.0, "layerwise": 1.0, "minimality": 0.02},
         )  # fmt: skip
         return cls(**{**paper, **changes})
+
+    @classmethod
+    def pieces(cls, **changes: Any) -> "SPDConfig":
+        """For finding the pieces that are there rather than few that do (`spd-lens planted`): it starts from what single positions read, an active
+        subcomponent is dear at first and cheap in the end, the adversary is there from the first step, what is alike is made one, and nothing
+        asks that different inputs share a subcomponent. `changes` override."""
+        own: dict[str, Any] = dict(
+            init="positions", importance="vector", steps=2000, learning_rate=((0.0, 3e-3), (1.0, 0.0)), minimality_power=1.0, retire_at=(),
+            merge_at=(0.3, 0.6, 0.85), exact=False,
+            weights={"faithfulness": 1e3, "stochastic": 1.0, "adversarial": 0.5, "price": falling(0.3, 3e-3)},
+        )  # fmt: skip
+        return cls(**{**own, **changes})
 
     @classmethod
     def targeted(cls, **changes: Any) -> "SPDConfig":

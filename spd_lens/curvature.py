@@ -19,6 +19,7 @@ from spd_lens.decomposition import Decomposition
 from spd_lens.sites import Passage, Rewrite
 from spd_lens.suffix import compared
 
+POSITIONS = 1 << 12  # of which a start is made
 TEMPERATURE = 2.0  # of the draw: where a model is sure of its answer, a small change does nothing and says nothing of a large one
 
 
@@ -58,6 +59,19 @@ def factors(d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Gener
             before = sums.get(name)
             sums[name] = (A, G) if before is None else (before[0] + A, before[1] + G)
     return sums
+
+
+def watched(
+    d: Decomposition, tokens: Int[Tensor, "b s"], generator: torch.Generator, rows: int
+) -> dict[str, tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]]:
+    """Site → what it reads and the gradient by what it writes, at no more than `POSITIONS` positions drawn from the tokens."""
+    seen = [sensitivities(d, some, generator) for some in tokens.split(rows)]
+    found = {}
+    for name in d.sites:
+        x, g = (torch.cat([part[i][name].flatten(0, 1) for part in seen]) for i in (0, 1))
+        drawn = torch.randperm(len(x), generator=generator, device=x.device)[:POSITIONS]
+        found[name] = (x[drawn], g[drawn])
+    return found
 
 
 def targets(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spd_lens.components import likeness
 from spd_lens.decomposition import Decomposition, TokensLike
 from spd_lens.errors import SPDError
 from spd_lens.metrics import census
@@ -142,19 +143,6 @@ def similarity(a: Decomposition, b: Decomposition, tokens: TokensLike) -> Recove
         raise SPDError("no subcomponent of the second decomposition is active (g > 0.5) on these tokens, so there is none to come back; give tokens "
                        "of the kind that it was learnt on.")  # fmt: skip
     return _recovery(a, wanted, _active(a, tokens))
-
-
-@torch.no_grad()
-def likeness(
-    V: Float[Tensor, "d_in K"], U: Float[Tensor, "K d_out"], V2: Float[Tensor, "d_in A"], U2: Float[Tensor, "A d_out"]
-) -> Float[Tensor, "K A"]:
-    """`|cos v|·|cos u|` of each of the first pieces with each of the second."""
-
-    def cosines(a: Tensor, b: Tensor) -> Tensor:
-        a, b = (x.double() / x.double().norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (a, b))
-        return (a @ b.T).abs()
-
-    return (cosines(V.T, V2.T) * cosines(U, U2)).float()
 
 
 def matched(alike: Float[Tensor, "K A"]) -> list[tuple[int, int]]:
