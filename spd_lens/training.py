@@ -598,6 +598,8 @@ def _warn(d: Decomposition, advice: Advice, stacklevel: int) -> None:
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:
     active = figures["active"]
+    rank = sum(min(site.d_in, site.d_out) for site in d.sites.values())
     shown = [f"{d.sites[n].short} {v:.2g}" for n, v in active.items()] if len(active) <= 8 else [f"{sum(active.values()):.3g} in all"]
+    shown.append(f"(rank ≤ {rank})")
     kl = next((f"KL {figures[n]:.1e} " for n in ("stochastic", "partial", "plain") if n in figures), "")
     return f"faithfulness {figures.get('faithfulness', math.nan):.1e} {kl}active {' '.join(shown)}"

@@ -328,6 +328,9 @@ def conjunction(g: torch.Generator) -> Planted:
     z = torch.cat([_pairs(K), _pairs(K)[[i * (K + 2) for i in range(1, K + 1)]].repeat(4, 1)])
     n, frame, out = len(z), orthogonal(2 * K, g), orthogonal(K, g)
     reads = frame[:K] + frame[K:]
+    z = z * (
+        0.8 + 0.4 * torch.rand(z.shape, generator=g)
+    )  # each by its own amount: only so does the output tell which of the two is read how much
     x = z @ frame
     model = build({
         "W_E": torch.cat([x, torch.zeros(n, K)], 1), "W_U": _answers(2 * K, 2 * out, n), "b_U": _only(K, n),
