@@ -102,8 +102,8 @@ def _elsewhere(checked: Verification) -> list[Advice]:
 
 
 def _basis(d: Decomposition, tokens: Tensor, counted: Census) -> list[Advice]:
-    """Nothing tells positions apart. Before any training all importances are on, which says nothing."""
-    if not d.steps_done:
+    """Nothing tells positions apart. Before any training all importances are on, and on a few prompts they may be: neither says anything."""
+    if not d.steps_done or d.config.is_targeted:
         return []
     full = {name: n for name, n in counted.distinct.items() if n >= BASIS and counted.mean_active[name]["all"] >= ALWAYS * n}
     if sum(full.values()) < counted.total / 2:

@@ -212,7 +212,7 @@ class SPDConfig:
             init="positions", importance="vector", steps=2000, learning_rate=((0.0, 3e-3), (1.0, 0.0)), minimality_power=1.0, retire_at=(),
             merge_at=(0.3, 0.6, 0.85), exact=False,
             weights={
-                "faithfulness": ((0.0, 1e3), (0.5, 1e3), (0.5, 3e4)), "stochastic": 1.0, "adversarial": 0.5, "price": falling(0.3, 3e-3),
+                "faithfulness": ((0.0, 1e3), (0.5, 1e3), (0.5, 3e4)), "stochastic": 1.0, "adversarial": 0.5, "price": falling(0.2, 2e-3),
             },
         )  # fmt: skip
         return cls(**{**own, **changes})
