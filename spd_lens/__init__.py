@@ -14,6 +14,7 @@ from spd_lens.graph import CircuitGraph, answer_logit, circuit_graph
 from spd_lens.labels import name_tokens, token_labels
 from spd_lens.metrics import Census, Verification, census, verify
 from spd_lens.patching import ablation_effects, activation_patching, attribution, attribution_patching, cut_costs
+from spd_lens.recovery import Recovery, recovered, similarity
 from spd_lens.sites import Site, find_sites
 from spd_lens.training import StepResult, decompose
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Advice", "Card", "Census", "CircuitGraph", "Decomposition", "Diagnosis", "Observation", "PairAttention", "SPDConfig", "SPDError", "Schedule", "Site",
+    "Advice", "Card", "Census", "CircuitGraph", "Decomposition", "Diagnosis", "Observation", "PairAttention", "Recovery", "SPDConfig", "SPDError", "Schedule", "Site",
     "StepResult", "Verification", "ablation_effects", "activation_patching", "advise", "answer_logit", "attribution", "attribution_patching", "census",
-    "circuit_graph", "cut_costs", "decompose", "describe", "diagnose", "find_sites", "name_tokens", "pair_attention", "token_labels", "verify", "viz",
+    "circuit_graph", "cut_costs", "decompose", "describe", "diagnose", "find_sites", "name_tokens", "pair_attention", "recovered", "similarity", "token_labels", "verify", "viz",
     "write_report",
 ]  # fmt: skip
 

@@ -4,21 +4,28 @@
 seen, with its figure, and how to mend it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from spd_lens.components import Factors, likeness, weighted_svd
+from spd_lens.curvature import factors
 from spd_lens.decomposition import Decomposition
-from spd_lens.guards import steady
+from spd_lens.guards import frozen, steady
 from spd_lens.metrics import CHEAT, Census, Verification, census, verify
+from spd_lens.suffix import rows_at_once
+from spd_lens.tokens import Batch
 
 UNFAITHFUL = 0.1  # of a matrix's squared norm
 LOPSIDED, FEW = 0.8, 10  # share of all active subcomponents in one matrix or layer; below so many there is nothing to share out
 CROWDED = 0.9  # of a matrix's subcomponents are ever active
 DEAD = 0.97  # of all subcomponents never are
-BROKEN = 0.1  # nats
+BROKEN, ATTACKED = 0.1, 0.3  # nats
+BASIS, ALWAYS, SINGULAR = 3, 0.8, 0.8  # of so many or more this share is on at a mean position; likeness to singular vectors that is one
+LOOKED_AT = 32  # sequences that tell which directions of a matrix matter
 SETTLED = 50  # steps; shorter runs are trials
 
 
@@ -27,7 +34,7 @@ class Advice:
     """One thing to mend.
 
     Attributes:
-        kind: `faithfulness`, `nothing active`, `lopsided`, `dead`, `crowded`, `cheat` or `broken`.
+        kind: `faithfulness`, `nothing active`, `lopsided`, `dead`, `crowded`, `basis`, `cheat`, `broken`, `alive-only` or `adversarial`.
         seen: what was seen, with its figure.
         mend: what to do.
     """
@@ -69,6 +76,7 @@ def advise(
     if (dead := 1 - counted.total / allocated) >= DEAD and not d.config.is_targeted:
         found.append(Advice("dead", f"{dead:.1%} of {allocated} subcomponents are active nowhere on these tokens.",
                             "That is no fault, but fewer would be faster: lower subcomponents; or look at more tokens before you say so."))  # fmt: skip
+    found += _basis(d, tokens, counted)
     if checked.leans_on_inactive:
         found.append(
             Advice(
@@ -80,7 +88,50 @@ def advise(
     elif checked.kl_hard > BROKEN:
         found.append(Advice("broken", f"With the active subcomponents alone (hard masks) the outputs are {checked.kl_hard:.2g} nats away from the model's.",
                             "Train longer (steps=), give more subcomponents, or lower the weight of price; and check that these tokens are of the kind it was learnt on."))  # fmt: skip
+    else:
+        found += _elsewhere(checked)
     return found
+
+
+def _elsewhere(checked: Verification) -> list[Advice]:
+    """The active ones carry the outputs; whether the others may be anything is another question."""
+    found = []
+    if checked.kl_alive_only > BROKEN:
+        found.append(Advice("alive-only", f"With the ever-active subcomponents on everywhere the outputs are {checked.kl_alive_only:.2g} nats away from the model's (hard masks: {checked.kl_hard:.1e}): "
+                            "what is active does harm where it is not.", "Raise the weights of alive and faithfulness towards the end of training, or train longer."))  # fmt: skip
+    if checked.kl_adversarial > ATTACKED:
+        found.append(Advice("adversarial", f"With the worst strength for each inactive subcomponent the outputs are {checked.kl_adversarial:.2g} nats away from the model's (hard masks: {checked.kl_hard:.1e}), so these positions "
+                            "need more than what counts as active.", "Raise the weight of adversarial, or begin it earlier; do not say that the inactive ones do not matter."))  # fmt: skip
+    return found
+
+
+def _basis(d: Decomposition, tokens: Batch, counted: Census) -> list[Advice]:
+    """Nothing tells positions apart. Before any training all importances are on, and on a few prompts they may be: neither says anything."""
+    if not d.steps_done or d.config.is_targeted:
+        return []
+    full = {name: n for name, n in counted.distinct.items() if n >= BASIS and counted.mean_active[name]["all"] >= ALWAYS * n}
+    if sum(full.values()) < counted.total / 2:
+        return []
+    like = min(max(_likeness_to_basis(d, name, counted.alive[name], F) for F in (None, G)) for name, G in _factors(d, tokens, full).items())
+    what = "This is the singular basis" if like >= SINGULAR else "This is a basis, not pieces that positions choose from"
+    each = ", ".join(f"{counted.mean_active[name]['all']:.3g} of {n} in {name}" for name, n in list(full.items())[:3])
+    more = f" and {len(full) - 3} matrices more" if len(full) > 3 else ""
+    return [Advice("basis", f"{what}: {each}{more} are active at every position.",
+                   "They say which directions matter, not which piece acts where: try SPDConfig.pieces(), or a larger weight of price, and none of frequency.")]  # fmt: skip
+
+
+def _factors(d: Decomposition, tokens: Batch, names: Iterable[str]) -> dict[str, Factors]:
+    rows = rows_at_once(d.model, tokens.shape[1], len(tokens))
+    with frozen(d.model), torch.enable_grad():
+        found = factors(d, tokens[:LOOKED_AT], torch.Generator(tokens.device).manual_seed(d.config.seed), rows)
+    return {name: found[name] for name in names}
+
+
+@torch.no_grad()
+def _likeness_to_basis(d: Decomposition, name: str, alive: Tensor, metric: Factors | None) -> float:
+    c = d.components[name]
+    V, U = weighted_svd(d.sites[name].weight, metric)
+    return float(likeness(V, U, c.V[:, alive].to(V), c.U[alive].to(U)).amax(0).mean())
 
 
 def while_training(d: Decomposition, active: dict[str, float]) -> list[Advice]:

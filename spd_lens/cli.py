@@ -15,6 +15,7 @@ from rich.console import Console
 
 from spd_lens.cli_bench import add_bench
 from spd_lens.cli_facts import add_facts
+from spd_lens.cli_planted import add_planted
 from spd_lens.cli_report import add_report
 from spd_lens.config import SPDConfig
 from spd_lens.errors import SPDError
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     toy.set_defaults(call=_induction)
 
     add_facts(commands)
+    add_planted(commands)
     add_report(commands)
     add_bench(commands)
     return parser

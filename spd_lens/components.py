@@ -138,6 +138,91 @@ def initialise(site: Site, C: int, kind: str, generator: torch.Generator, factor
     return _filled(site, C, *weighted_svd(weight, factors), generator)
 
 
+ALIKE = 8  # power of the cosine of what is written
+RIDGE = 1e-3  # share of the mean eigenvalue that every direction has at least
+STARTS, ROUNDS = 6, (20, 5, 0)  # directions tried per subcomponent; how often each is sharpened
+OWN, UNSEEN = 0.75, 1e-2  # share of the subcomponents that are found so; weight of directions that no input shows
+SAME, FELT = 0.9, 1e-2  # likeness of two that are one; share of the largest effect below which a subcomponent is not worth having
+
+
+def from_positions(site: Site, C: int, x: Float[Tensor, "n d_in"], g: Float[Tensor, "n d_out"], generator: torch.Generator) -> Components:
+    """Subcomponents that are read at few positions each.
+
+    1. Positions of which no two write alike (`y = x·W` in the metric of the output, `E[ggᵀ]`).
+    2. For each a direction `v` that answers 1 where what is written is alike and 0 elsewhere, by least squares over all positions: what varies
+       between positions that write the same is not read by it.
+    3. Sharpened: `v` is fitted to what it answers above its own root mean square, again and again (of features that are on at few positions
+       each the single ones are what this comes to rest at; the cubed answer of fast independent component analysis is the same with a softer
+       threshold). Those sharpened longest come first, and of those that are read and write alike one is kept.
+    4. `u` is what is written where `v` answers, corrected by least squares so that all of them together make W, most of all on what is read.
+    5. What is left of W, by its singular vectors, in the other subcomponents.
+    """
+    W, x, g = double(site.weight), double(x), double(g)
+    y, n = x @ W, len(x)
+    root, _ = _roots(g.T @ g / n)
+    A = x.T @ x / n
+    A = torch.linalg.inv(A + RIDGE * A.diagonal().mean().clamp_min(1e-300) * torch.eye(len(A), dtype=A.dtype, device=A.device))
+    felt = y @ root
+    size = felt.norm(dim=1)
+    felt = felt / size.clamp_min(1e-300)[:, None]
+    chosen = _unlike(felt, size > FELT * size.square().mean().sqrt(), STARTS * C, generator)
+    if not chosen:  # nothing is written anywhere
+        return _filled(site, C, *weighted_svd(W, None), generator)
+
+    def answers(targets: Tensor) -> tuple[Tensor, Tensor]:
+        V = A @ (x.T @ targets / n)
+        V = V / (x @ V).square().mean(0).sqrt().clamp_min(1e-300)
+        return V, x @ V
+
+    V, a = answers((felt @ felt[chosen].T).clamp_min(0) ** ALIKE)
+    found = [(V, a)]
+    for _ in range(max(ROUNDS)):
+        found.append(answers((found[-1][1] - 1).clamp_min(0)))
+    V, a = (torch.cat([found[rounds][i] for rounds in ROUNDS], 1) for i in (0, 1))
+    U = ((a.clamp_min(0) ** 3).T @ y) / (a.clamp_min(0) ** 4).sum(0).clamp_min(1e-300)[:, None]
+    effect = (U @ root).norm(dim=1)
+    kept = _apart(a / n**0.5, (U @ root) / effect.clamp_min(1e-300)[:, None], effect > FELT * effect.max(), max(1, round(C * OWN)))
+    V, U = V[:, kept], U[kept]
+    metric = x.T @ x / n
+    metric = metric + UNSEEN * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
+    M = V.T @ metric @ V
+    U = U + torch.linalg.solve(M + RIDGE * torch.eye(len(M), dtype=M.dtype, device=M.device), V.T @ metric @ (W - V @ U))
+    rest = _balanced(*_halves(*torch.linalg.svd(W - V @ U, full_matrices=False)))
+    keep = rest[0].norm(dim=0) * rest[1].norm(dim=1) > SPANS * W.norm()
+    V, U = _balanced(V, U)
+    return _filled(site, C, torch.cat([V, rest[0][:, keep]], 1), torch.cat([U, rest[1][keep]]), generator)
+
+
+def _halves(left: Tensor, singular: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return left * singular, right
+
+
+def _unlike(felt: Tensor, matters: Tensor, most: int, generator: torch.Generator) -> list[int]:
+    """Positions of which no two write alike: the pivots of their kernel's Cholesky factorisation."""
+    left = matters * (
+        1 + 1e-3 * torch.rand(len(felt), generator=generator, dtype=torch.float32, device=generator.device).to(felt)
+    )  # which of equals is chance
+    columns, chosen = felt[:, :0], []
+    for _ in range(most):
+        at = int(left.argmax())
+        if float(left[at]) < 0.05:
+            break
+        chosen.append(at)
+        column = ((felt @ felt[at]) ** ALIKE - columns @ columns[at]) / left[at].sqrt()
+        columns = torch.cat([columns, column[:, None]], 1)
+        left = (left - column.square()).clamp_min(0)
+    return chosen
+
+
+def _apart(answers: Tensor, writes: Tensor, matters: Tensor, most: int) -> list[int]:
+    """The first of those that are read and write alike."""
+    alike, kept = ((answers.T @ answers) * (writes @ writes.T)).abs(), []
+    for c in torch.nonzero(matters).flatten().tolist():
+        if len(kept) < most and not any(float(alike[c, other]) > SAME for other in kept):
+            kept.append(c)
+    return kept
+
+
 def _filled(site: Site, C: int, V: Tensor, U: Tensor, generator: torch.Generator) -> Components:
     """The first C terms; small noise where there are fewer."""
     weight = site.weight
@@ -208,6 +293,19 @@ def targeted(site: Site, C: int, target: Target, generator: torch.Generator) -> 
     V, U = filtered @ root @ right[:many].T, right[:many] @ inverse
     rotation = varimax(seen @ V)
     return _filled(site, C, *_balanced(V @ rotation, rotation.T @ U), generator)
+
+
+@torch.no_grad()
+def likeness(
+    V: Float[Tensor, "d_in K"], U: Float[Tensor, "K d_out"], V2: Float[Tensor, "d_in A"], U2: Float[Tensor, "A d_out"]
+) -> Float[Tensor, "K A"]:
+    """`|cos v|·|cos u|` of each of the first pieces with each of the second."""
+
+    def cosines(a: Tensor, b: Tensor) -> Tensor:
+        a, b = (double(x) / double(x).norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (a, b))
+        return (a @ b.T).abs()
+
+    return (cosines(V.T, V2.T) * cosines(U, U2)).float().to(V.device)
 
 
 def varimax(loadings: Float[Tensor, "n k"], steps: int = 200, tolerance: float = 1e-7) -> Float[Tensor, "k k"]:

@@ -10,7 +10,7 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.schema import Count, Natural, brief, check, plain
 
 Importance = Literal["attention", "vector", "scalar"]
-Initialisation = Literal["fisher", "svd", "random"]
+Initialisation = Literal["fisher", "svd", "random", "positions"]
 Positions = Literal["all", "last"]
 MaskKind = Literal["mixed", "uniform"]
 Precision = Literal["float32", "bfloat16"]
@@ -72,6 +72,11 @@ class Schedule:
         return after[1]
 
 
+def falling(first: float | int, last: float | int, pieces: int = 8) -> tuple[tuple[float, float], ...]:
+    """From the first value to the last by equal factors, as `Schedule` points."""
+    return tuple((i / pieces, first * (last / first) ** (i / pieces)) for i in range(pieces + 1))
+
+
 ScheduleLike = Any  # Schedule, number, (fraction, value) pairs, or what a Schedule was in JSON
 
 DEFAULT_WEIGHTS: dict[str, ScheduleLike] = {
@@ -111,7 +116,8 @@ class SPDConfig(metaclass=_Checked):
         gate_bias: where importances start (1: all on).
         distance_decay: the relative positional bias starts at minus this, per position of distance.
         init: `fisher` starts from the singular vectors in the metric of the output's KL on the first batches (`spd_lens.curvature`):
-            few subcomponents carry what the output needs, from the start. `svd`: the matrix's own; `random`: noise.
+            few subcomponents carry what the output needs, from the start. `positions`: directions that are read at few positions each
+            (`spd_lens.components.from_positions`). `svd`: the matrix's own; `random`: noise.
         steps: training steps; 0 returns the initialised decomposition.
         batch_size: sequences a step (where tokens are one tensor; an iterable brings its own batches).
         learning_rate: Adam's.
@@ -119,6 +125,7 @@ class SPDConfig(metaclass=_Checked):
             matter.
         retire_at: fractions of training at which subcomponents that are not needed are retired (`spd_lens.retirement`); () for never.
         retire_tolerance: KL in nats per output that what is retired at once may cost.
+        merge_at: fractions of training at which subcomponents that read and write alike are made one (`spd_lens.retirement`).
         exact: at the end `V·U = W` is made exact by the least change of U, where there are enough subcomponents and it costs no more than
             `retire_tolerance`.
         output_positions: compare outputs at `all` positions or at the `last`.
@@ -148,6 +155,7 @@ class SPDConfig(metaclass=_Checked):
     scaled_rate: bool = True
     retire_at: Sequence[float | int] = (0.3, 0.45)
     retire_tolerance: float | int = 3e-4
+    merge_at: Sequence[float | int] = ()
     exact: bool = True
     output_positions: Positions | str = "all"
     seed: Natural = 0
@@ -167,7 +175,8 @@ class SPDConfig(metaclass=_Checked):
             keep(self, name, float(getattr(self, name)))
         for name in ("learning_rate", "minimality_power"):
             keep(self, name, Schedule.of(getattr(self, name)))
-        keep(self, "retire_at", tuple(map(float, self.retire_at)))
+        for name in ("retire_at", "merge_at"):
+            keep(self, name, tuple(map(float, getattr(self, name))))
         keep(self, "weights", {name: Schedule.of(weight) for name, weight in self.weights.items()})
         for name, kind in {
             "importance": Importance,
@@ -183,8 +192,11 @@ class SPDConfig(metaclass=_Checked):
         for name, schedule in {**rates, **{f"the weight of {loss}": weight for loss, weight in self.weights.items()}}.items():
             if any(value < 0 for _, value in schedule.points):  # it would climb
                 raise SPDError(f"{name} was given as {brief(schedule.points)}; no value of it may be below 0.")
-        if not all(0 <= at < 1 for at in self.retire_at):
-            raise SPDError(f"retire_at was given as {brief(self.retire_at)}; its fractions of training have to lie in 0 … 1, 1 left out.")
+        for name in ("retire_at", "merge_at"):
+            if not all(0 <= at < 1 for at in getattr(self, name)):
+                raise SPDError(
+                    f"{name} was given as {brief(getattr(self, name))}; its fractions of training have to lie in 0 … 1, 1 left out."
+                )
         if self.retire_tolerance < 0:
             raise SPDError(f"retire_tolerance was given as {self.retire_tolerance!r}; it has to be at least 0.")
         if self.frequency_scale <= 0:
@@ -201,6 +213,20 @@ class SPDConfig(metaclass=_Checked):
             weights={"faithfulness": 1e3, "plain": 0.5, "stochastic": 1.0, "layerwise": 1.0, "minimality": 0.02},
         )  # fmt: skip
         return cls(**{**paper, **changes})
+
+    @classmethod
+    def pieces(cls, **changes: Any) -> "SPDConfig":
+        """For finding the pieces that are there rather than few that do (`spd-lens planted`): it starts from what single positions read, an active
+        subcomponent is dear at first and cheap in the end, the adversary is there from the first step, what is alike is made one, and nothing
+        asks that different inputs share a subcomponent. `changes` override."""
+        own: dict[str, Any] = dict(
+            init="positions", importance="vector", steps=2000, learning_rate=((0.0, 3e-3), (1.0, 0.0)), minimality_power=1.0, retire_at=(),
+            merge_at=(0.3, 0.6, 0.85), exact=False,
+            weights={
+                "faithfulness": ((0.0, 1e3), (0.5, 1e3), (0.5, 3e4)), "stochastic": 1.0, "adversarial": 0.5, "price": falling(0.2, 2e-3),
+            },
+        )  # fmt: skip
+        return cls(**{**own, **changes})
 
     @classmethod
     def targeted(cls, **changes: Any) -> "SPDConfig":

@@ -20,6 +20,7 @@ from spd_lens.guards import double
 from spd_lens.sites import Passage, Rewrite
 from spd_lens.tokens import Batch
 
+POSITIONS = 1 << 12  # of which a start is made
 TEMPERATURE = 2.0  # of the draw: where a model is sure of its answer, a small change does nothing and says nothing of a large one
 
 
@@ -61,6 +62,20 @@ def factors(d: Decomposition, tokens: Batch | Tensor, generator: torch.Generator
             before = sums.get(name)
             sums[name] = (A, G) if before is None else (before[0] + A, before[1] + G)
     return sums
+
+
+def watched(
+    d: Decomposition, tokens: Batch | Tensor, generator: torch.Generator, rows: int
+) -> dict[str, tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]]:
+    """Site → what it reads and the gradient by what it writes, at no more than `POSITIONS` positions drawn from the tokens."""
+    lots = Batch.of(tokens).split(rows)
+    seen = [sensitivities(d, some, generator) for some in lots]
+    found = {}
+    for name in d.sites:
+        x, g = (torch.cat([some.rows(part[i][name]) for some, part in zip(lots, seen)]) for i in (0, 1))
+        drawn = torch.randperm(len(x), generator=generator, device=x.device)[:POSITIONS]
+        found[name] = (x[drawn], g[drawn])
+    return found
 
 
 def targets(

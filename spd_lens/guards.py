@@ -237,3 +237,15 @@ def interrupts_wait() -> Iterator[Callable[[], bool]]:
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not get the memory that it asked for; on a CPU it says so only in words."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Tensors that are made without saying where and of what type are float32 on the CPU, whatever the defaults are."""
+    before = torch.get_default_dtype()
+    with torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)

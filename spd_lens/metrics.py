@@ -6,7 +6,7 @@ count is shown without `verify` beside it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any
 
@@ -37,11 +37,13 @@ class Census(Tabular):
         mean_active: site → position → mean number active there; `all` is every position.
         alive: site → `[C]`, active at any position of any sequence.
         threshold: active means g above this.
+        width: site → the rank that its matrix can have, `min(d_in, d_out)`: what a full basis of it would count.
     """
 
     mean_active: dict[str, dict[str, float]]
     alive: dict[str, Bool[Tensor, " C"]]
     threshold: float
+    width: dict[str, int]
 
     @property
     def distinct(self) -> dict[str, int]:
@@ -52,17 +54,23 @@ class Census(Tabular):
     def total(self) -> int:
         return sum(self.distinct.values())
 
+    @property
+    def per_position(self) -> float:
+        """Mean number active at a position, all sites together."""
+        return sum(means["all"] for means in self.mean_active.values())
+
     def table(self) -> pd.DataFrame:
-        """One row per site: mean active at each position, distinct ever active, allocated."""
+        """One row per site: mean active at each position, distinct ever active, the rank that the matrix can have, allocated."""
         rows = {
-            name: {**means, "distinct": self.distinct[name], "allocated": len(self.alive[name])} for name, means in self.mean_active.items()
+            name: {**means, "distinct": self.distinct[name], "rank ≤": self.width[name], "allocated": len(self.alive[name])}
+            for name, means in self.mean_active.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("site")
 
     def _shown(self) -> Shown:
         figures = self.table().map(lambda value: value if isinstance(value, int) else f"{value:.3f}")
         return Shown(f"Active subcomponents (g > {self.threshold}), mean per position", figures,
-                     f"{self.total} distinct; a count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
+                     f"{self.per_position:.3g} active per position of {self.total} distinct; a count alone proves nothing: read it with verify(decomposition, tokens).")  # fmt: skip
 
 
 @steady()
@@ -98,7 +106,7 @@ def census(
         active = torch.cat(parts)
         means = {label: float(active[rows, index].mean()) for label, index in positions.items()}
         mean_active[name] = {**means, "all": float(active.sum() / tokens.numel)}
-    return Census(mean_active, alive, threshold)
+    return Census(mean_active, alive, threshold, {name: min(site.d_in, site.d_out) for name, site in decomposition.sites.items()})
 
 
 def position_of_each(label: str, given: Any, batch: Batch) -> Int[Tensor, " b"]:
@@ -132,6 +140,8 @@ class Verification(Tabular):
         kl_adversarial: active ones 1; each other one gets the worst value in [0, 1] found for all sequences and positions
             (20 steps of sign ascent of 0.1 from a uniform start; the worst met counts).
         l0: site → mean number of active subcomponents per position.
+        distinct: site → how many are ever active.
+        width: site → the rank that its matrix can have.
     """
 
     faithfulness: float
@@ -143,6 +153,8 @@ class Verification(Tabular):
     kl_alive_only: float
     kl_adversarial: float
     l0: dict[str, float]
+    distinct: dict[str, int] = field(default_factory=dict)
+    width: dict[str, int] = field(default_factory=dict)
 
     def table(self) -> pd.DataFrame:
         """The figures with what each one checks."""
@@ -162,7 +174,8 @@ class Verification(Tabular):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def _shown(self) -> Shown:
-        active = f"{sum(self.l0.values()):.3g} active per position. "
+        active = f"{sum(self.l0.values()):.3g} active per position"
+        active += f" of {sum(self.distinct.values())} distinct; ranks up to {sum(self.width.values())} in all. " if self.distinct else ". "
         return Shown("Does it stand for its model? KL(original ‖ masked) in nats, without delta", self.table().map("{:.1e}".format),
                      active + (CHEAT if self.leans_on_inactive else ""))  # fmt: skip
 
@@ -221,7 +234,10 @@ def verify(
     with frozen(decomposition.model):
         worst = _adversarial(decomposition, batches, observations, draw)
     numbers = {name: sum(float(active(o)[name].sum()) for o in observations) / tokens.numel for name in names}
-    return Verification(faithfulness, **sums, kl_adversarial=worst, l0=numbers)
+    return Verification(
+        faithfulness, **sums, kl_adversarial=worst, l0=numbers, distinct={name: int(on.sum()) for name, on in alive.items()},
+        width={name: min(site.d_in, site.d_out) for name, site in decomposition.sites.items()},
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

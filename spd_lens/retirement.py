@@ -16,12 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spd_lens import masks
+from spd_lens.components import likeness
 from spd_lens.curvature import effects
 from spd_lens.decomposition import Decomposition
+from spd_lens.guards import back, double
 from spd_lens.losses import kl_from
 from spd_lens.tokens import Batch
 
 DRAWS = 2
+ALIKE, TOGETHER = 0.9, 0.9  # of two that are one: |cos v|·|cos u|, or what one can be of both; positions of either at which both are active
 
 
 @torch.no_grad()
@@ -55,6 +58,60 @@ def retire(d: Decomposition, tokens: Batch | Tensor, tolerance: float, rows: int
     for _, name, c in order[:low]:
         d.gates[name].alive[c] = 0
     return low
+
+
+@torch.no_grad()
+def merge(d: Decomposition, tokens: Batch | Tensor, rows: int) -> int:
+    """Make one of those that do one thing, the more often active one of them, and say how many are gone.
+
+    Two do one thing where they read and write alike, or where they are active together and their sum is about as good as one (they read or write
+    alike, and the other halves add up). Each of them is needed, so no cutting finds them. What is left is the best rank-one matrix for their
+    sum; the other is retired, with nothing in it.
+    """
+    both: dict[str, Tensor] = {}
+    for some in Batch.of(tokens).split(rows):
+        for name, on in _active(d, some).items():
+            seen = on.flatten(0, 1).to(d.components[name].V)
+            both[name] = both.get(name, 0.0) + seen.T @ seen
+    gone = 0
+    for name, c in d.components.items():
+        often = both[name].diagonal()
+        used = torch.nonzero((often > 0) & (d.gates[name].alive > 0)).flatten()
+        used = used[often[used].argsort(descending=True)]
+        V, U, often, together = c.V[:, used], c.U[used], often[used], both[name][used][:, used]
+        jointly = together / (often[:, None] + often - together)
+        alike = (likeness(V, U, V, U) > ALIKE) | ((jointly > TOGETHER) & (_as_one(V.T @ V, U @ U.T) > ALIKE))
+        left = list(range(len(used)))
+        while left:
+            first, *rest = left
+            same = [other for other in rest if bool(alike[first, other])]
+            left = [other for other in rest if other not in same]
+            if same:
+                keep, *others = used[[first, *same]].tolist()
+                v, u = rank_one(c.V[:, [keep, *others]], c.U[[keep, *others]])
+                sign = 1.0 if float(v @ c.V[:, keep]) >= 0 else -1.0  # what reads with a sign of its own goes on doing so
+                c.V[:, others], c.U[others] = 0.0, 0.0
+                c.V[:, keep], c.U[keep] = sign * v, sign * u
+                d.gates[name].alive[others] = 0
+                gone += len(others)
+    return gone
+
+
+def _as_one(reads: Float[Tensor, "k k"], writes: Float[Tensor, "k k"]) -> Float[Tensor, "k k"]:
+    """How much the best rank-one matrix leaves of the lesser of `v_i ⊗ u_i` and `v_j ⊗ u_j` when it stands for their sum: 1 less the second singular
+    value of the sum, squared, over the lesser's squared norm; from the products `v_i·v_j` and `u_i·u_j`."""
+    n, m = reads.diagonal(), writes.diagonal()
+    total = n[:, None] * m[:, None] + 2 * reads * writes + n * m
+    area = (n[:, None] * n - reads.square()) * (m[:, None] * m - writes.square())
+    second = 2 * area / (total + (total.square() - 4 * area).clamp_min(0).sqrt()).clamp_min(1e-30)
+    return 1 - second / torch.minimum((n * m)[:, None], n * m).clamp_min(1e-30)
+
+
+def rank_one(V: Float[Tensor, "d_in k"], U: Float[Tensor, "k d_out"]) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
+    """The best rank-one matrix `v ⊗ u` for `V·U`, v and u of the same norm."""
+    left, right = torch.linalg.qr(double(V)), torch.linalg.qr(double(U.T))
+    a, s, b = torch.linalg.svd(left.R @ right.R.T)
+    return back(left.Q @ a[:, 0] * s[0].sqrt(), V), back(right.Q @ b[0] * s[0].sqrt(), U)
 
 
 @torch.no_grad()

@@ -30,16 +30,16 @@ from tqdm.auto import tqdm
 from spd_lens import masks
 from spd_lens.advice import SETTLED, Advice, advise, while_training
 from spd_lens.batches import Batches
-from spd_lens.components import check_weight, initialise, targeted
+from spd_lens.components import check_weight, from_positions, initialise, targeted
 from spd_lens.config import SPDConfig
-from spd_lens.curvature import factors, targets
+from spd_lens.curvature import factors, targets, watched
 from spd_lens.decomposition import Decomposition, Trace
 from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import frozen, interrupts_wait, out_of_memory, reproducible, steady
 from spd_lens.importance import build_importance, lower_leaky
 from spd_lens.losses import LOSSES, Pass, Reconstruction, kl_from, of_stream
 from spd_lens.ranks import ALONE, Ranks, join
-from spd_lens.retirement import close, retire
+from spd_lens.retirement import close, merge, retire
 from spd_lens.schema import Count, Natural, brief
 from spd_lens.sites import Site, find_sites, held, is_causal, model_device
 from spd_lens.storage import FORMAT, Saved, check_writable, write_tensors
@@ -210,11 +210,20 @@ def initialised(
         if config.init == "fisher" and background is None
         else {}
     )
+    data = (
+        watched(decomposition, example if sample is None else sample, generator, rows)
+        if config.init == "positions" and background is None
+        else {}
+    )
     aims = {} if background is None else targets(decomposition, example if sample is None else sample, background, generator, rows)
     for name, site in sites.items():
         C = count(config, name)
         decomposition.components[name] = (
-            targeted(site, C, aims[name], generator) if aims else initialise(site, C, config.init, generator, weighing.get(name))
+            targeted(site, C, aims[name], generator)
+            if aims
+            else from_positions(site, C, *data[name], generator)
+            if data
+            else initialise(site, C, config.init, generator, weighing.get(name))
         )
     components = decomposition.components
     with torch.no_grad():
@@ -389,6 +398,11 @@ class Trainer:
         """The same ones in every process."""
         self._with_room(tokens, lambda: retire(self.decomposition, tokens, self.config.retire_tolerance, self._rows(tokens)))
         self._as_the_first([gate.alive for gate in self.decomposition.gates.values()])
+
+    def merge(self, tokens: Batch) -> None:
+        self._with_room(tokens, lambda: merge(self.decomposition, tokens, self._rows(tokens)))
+        d = self.decomposition
+        self._as_the_first([t.data for c in d.components.values() for t in (c.V, c.U)] + [gate.alive for gate in d.gates.values()])
 
     def close(self, tokens: Batch) -> None:
         self._with_room(tokens, lambda: close(self.decomposition, tokens, self.config.retire_tolerance, self._rows(tokens)))
@@ -572,7 +586,7 @@ def fit(
     for stream in streams:
         stream.skip(d.steps_done)
     line = max(1, config.steps // 100)
-    retire_at = {round(at * config.steps) for at in config.retire_at}
+    retire_at, merge_at = ({round(at * config.steps) for at in when} for when in (config.retire_at, config.merge_at))
     bar = tqdm(total=config.steps, initial=d.steps_done, disable=not progress, desc="decompose", unit="step", mininterval=0.5)
     whole, said = True, set()  # whether the state is that between two steps; what was warned of
 
@@ -587,6 +601,8 @@ def fit(
                     break
                 batches = [trainer.ranks.share(stream.take(trainer.shared)) for stream in streams]
                 whole = False
+                if d.steps_done in merge_at:
+                    trainer.merge(data.sample)
                 if d.steps_done in retire_at:
                     trainer.retire(data.sample)
                 result = trainer.step(*batches)
@@ -658,6 +674,8 @@ def _warn(d: Decomposition, advice: Advice, stacklevel: int) -> None:
 
 def _postfix(d: Decomposition, figures: Mapping[str, Any]) -> str:
     active = figures["active"]
+    rank = sum(min(site.d_in, site.d_out) for site in d.sites.values())
     shown = [f"{d.sites[n].short} {v:.2g}" for n, v in active.items()] if len(active) <= 8 else [f"{sum(active.values()):.3g} in all"]
+    shown.append(f"(rank ≤ {rank})")
     kl = next((f"KL {figures[n]:.1e} " for n in ("stochastic", "partial", "plain") if n in figures), "")
     return f"faithfulness {figures.get('faithfulness', math.nan):.1e} {kl}active {' '.join(shown)}"

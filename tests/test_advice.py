@@ -6,6 +6,7 @@ import torch
 
 from spd_lens import SPDConfig, census, decompose, verify
 from spd_lens.advice import advise, while_training
+from spd_lens.tasks.planted import configs, plant
 from tests import zoo
 
 
@@ -63,3 +64,29 @@ def test_it_is_taught_once_and_at_the_end(model, tokens, monkeypatch):
 
 def test_short_trials_are_not_lectured(untrained):
     assert while_training(untrained, dict.fromkeys(untrained.sites, 0.0)) == []  # no step was done
+
+
+def test_a_basis_that_is_always_on_is_named_and_pieces_are_not():
+    """8 planted pieces, one to three a token: the defaults give singular vectors that are on everywhere, and every KL is fine."""
+    case = plant("together", 0)
+    d = decompose(case.model, case.tokens, configs(case, 0, {"steps": 40})["defaults"], progress=False)
+    tokens = case.tokens[:32]
+    counted, checked = census(d, tokens), verify(d, tokens)
+    (said,) = [advice for advice in advise(d, tokens, counted, checked) if advice.kind == "basis"]
+    assert (
+        checked.kl_hard < 1e-2
+        and "singular basis" in said.seen
+        and f"of {counted.total} in blocks.0.mlp.W_in" in said.seen
+        and "SPDConfig.pieces()" in said.mend
+    )
+    sparse = replace(counted, mean_active={"blocks.0.mlp.W_in": {"all": 1.0}})
+    assert "basis" not in kinds(advise(d, tokens, sparse, checked))
+    d.steps_done = 0  # all importances begin on
+    assert "basis" not in kinds(advise(d, tokens, counted, checked))
+
+
+def test_what_the_inactive_ones_can_do_is_not_passed_over(seen):
+    d, tokens, counted, checked = seen
+    found = {one.kind: str(one) for one in advise(d, tokens, counted, replace(checked, kl_alive_only=0.43, kl_adversarial=0.81))}
+    assert list(found) == ["alive-only", "adversarial"] and "0.43 nats" in found["alive-only"] and "0.81 nats" in found["adversarial"]
+    assert kinds(advise(d, tokens, counted, replace(checked, kl_alive_only=0.05, kl_adversarial=0.2))) == []

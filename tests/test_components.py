@@ -2,7 +2,18 @@ import pytest
 import torch
 
 from spd_lens import SPDError
-from spd_lens.components import Components, Target, check_weight, initialise, masked_output, targeted, varimax, weighted_svd
+from spd_lens.components import (
+    Components,
+    Target,
+    check_weight,
+    from_positions,
+    initialise,
+    likeness,
+    masked_output,
+    targeted,
+    varimax,
+    weighted_svd,
+)
 from spd_lens.sites import Passage, Site
 
 
@@ -134,3 +145,36 @@ def test_broken_weights_are_named(bad):
 def test_half_precision_is_refused():
     with pytest.raises(SPDError, match=r"float16.*model.to\(torch.float32\)"):
         check_weight(Site("blocks.0.attn.W_Q", torch.ones(2, 2, dtype=torch.float16), None, 1))
+
+
+def read_here_and_there(K=8, d_in=12, d_out=10, many=400, most=1):
+    """Inputs that switch on a few of K features, which oblique pieces read; and what else varies, which none reads."""
+    generator = torch.Generator().manual_seed(0)
+    V, U = torch.randn(d_in, K, generator=generator), torch.randn(K, d_out, generator=generator)
+    z = torch.zeros(many, K)
+    for row in z:
+        row[torch.randperm(K, generator=generator)[: int(torch.randint(1, most + 1, (), generator=generator))]] = 1.0
+    z *= 0.7 + 0.6 * torch.rand(many, K, generator=generator)
+    null = torch.linalg.svd(V.T).Vh[K:]
+    x = z @ torch.linalg.pinv(V) + 0.3 * torch.randn(many, d_in - K, generator=generator) @ null
+    weight = V @ U
+    return Site("blocks.0.mlp.W_in", weight, None, 1), V, U, x, torch.randn(many, d_out, generator=generator)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_positions_show_the_pieces_that_the_singular_vectors_hide(most):
+    """One feature a position or up to three, at random angles, with directions that vary and are not read."""
+    site, V, U, x, g = read_here_and_there(most=most)
+    c = from_positions(site, 24, x, g, torch.Generator().manual_seed(1))
+    assert c.V.shape == (12, 24) and c.U.shape == (24, 10) and bool(torch.isfinite(c.V).all() and torch.isfinite(c.U).all())
+    assert float(likeness(V, U, c.V.detach(), c.U.detach()).amax(1).mean()) > (0.97 if most == 1 else 0.9)
+    own = initialise(site, 24, "svd", torch.Generator().manual_seed(1))
+    assert float(likeness(V, U, own.V.detach(), own.U.detach()).amax(1).mean()) < 0.8
+    assert float(c.delta(site.weight).detach().norm()) < 0.02 * float(site.weight.norm())  # and they are the matrix
+
+
+def test_positions_that_write_nothing_leave_the_matrix_whole():
+    site, _, _, x, g = read_here_and_there()
+    for inputs in (torch.zeros_like(x), x[:1].expand(400, -1)):
+        c = from_positions(site, 20, inputs, g, torch.Generator().manual_seed(1))
+        assert float(c.delta(site.weight).detach().norm()) < 0.05 * float(site.weight.norm())

@@ -103,6 +103,16 @@ def test_the_papers_settings():
     assert (paper.scaled_rate, paper.retire_at, paper.exact) == (False, (), False)
 
 
+def test_the_recipe_for_pieces():
+    config = SPDConfig.pieces(steps=7)
+    assert (config.init, config.steps, config.exact) == ("positions", 7, False) and "frequency" not in config.weights
+    price = config.weights["price"]
+    assert price.at(0) == pytest.approx(100 * price.at(1)) and price.at(0.5) == pytest.approx((price.at(0) * price.at(1)) ** 0.5)
+    assert SPDConfig.from_json(config.to_json()) == config
+    with pytest.raises(SPDError, match="merge_at was given as"):
+        SPDConfig(merge_at=(0.3, 1.0))
+
+
 def test_a_whole_number_is_a_number():
     config = SPDConfig(gate_bias=2, distance_decay=0, frequency_scale=1)
     assert [type(config.gate_bias), type(config.distance_decay), type(config.frequency_scale)] == [float] * 3

@@ -71,10 +71,12 @@ def test_verify_by_hand(untrained, tokens):
             ones = kl({n: torch.ones(()) for n in g})
         assert found.kl_adversarial > max(0.3 * zeros, ones)
         assert found.l0 == pytest.approx({n: float((v > 0.5).sum(-1).float().mean()) for n, v in g.items()})
+        assert found.distinct == {n: int(on.sum()) for n, on in alive.items()} and set(found.width.values()) == {32}
+        assert f"{sum(found.l0.values()):.3g} active per position of {sum(found.distinct.values())} distinct" in repr(found)
         squares = torch.cat([(s.weight - d.components[n].V @ d.components[n].U).flatten() ** 2 for n, s in d.sites.items()])
         assert found.faithfulness == pytest.approx(float(squares.mean()), rel=1e-4)
         assert set(found.as_dict()) == {"faithfulness", "kl_plain", "kl_stochastic", "kl_layerwise", "kl_importance", "kl_hard",
-                                        "kl_alive_only", "kl_adversarial", "l0"}  # fmt: skip
+                                        "kl_alive_only", "kl_adversarial", "l0", "distinct", "width"}  # fmt: skip
     finally:
         with torch.no_grad():
             for gate in d.gates.values():
@@ -98,7 +100,7 @@ def test_census_counts_by_position(trained, tokens):
     assert counted.mean_active[site]["first"] == pytest.approx(by_hand)
     assert counted.distinct[site] == int((g[site] > 0.9).flatten(0, 1).any(0).sum())
     table = counted.table()
-    assert list(table.columns) == ["first", "all", "distinct", "allocated"] and list(table.index) == list(trained.sites)
+    assert list(table.columns) == ["first", "all", "distinct", "rank ≤", "allocated"] and list(table.index) == list(trained.sites)
     assert "verify" in repr(counted)
 
 

@@ -3,7 +3,7 @@ import torch
 
 from spd_lens import SPDConfig, decompose, masks
 from spd_lens.losses import kl_divergence
-from spd_lens.retirement import close, retire
+from spd_lens.retirement import close, merge, rank_one, retire
 from tests import zoo
 
 TOKENS = zoo.tokens(16)
@@ -94,3 +94,61 @@ def test_closing_leaves_alone_what_it_would_spoil(model):
     assert c.delta(site.weight).norm() > 0.01 * site.weight.norm()
     close(d, TOKENS, 1e-4, 16)
     assert hard_kl(d) <= kl + 1e-4 + 1e-6 and torch.equal(c.U, before)
+
+
+SITE = "blocks.0.mlp.W_in"
+
+
+@pytest.fixture
+def split(model):
+    """One site, all of 40 active everywhere; the first is in three parts: a half, a half of the other sign twice over."""
+    d = decompose(model, zoo.tokens(8), SPDConfig(sites=SITE, steps=0, subcomponents=40, importance="vector"), progress=False)
+    c = d.components[SITE]
+    with torch.no_grad():
+        c.V[:, 33], c.U[33] = -c.V[:, 0], -0.25 * c.U[0]
+        c.V[:, 34], c.U[34] = c.V[:, 0], 0.25 * c.U[0]
+        c.U[0] *= 0.5
+    return d
+
+
+def test_those_that_are_alike_become_one_and_the_matrix_stays(split):
+    c, before = split.components[SITE], split.components[SITE].V.detach() @ split.components[SITE].U.detach()
+    mlps = split.gates[SITE].mlps
+    with torch.no_grad():
+        mlps.w2.zero_()
+        mlps.b2.copy_(torch.where(torch.arange(40) < 35, 1.0, -1.0))  # the last are never active
+        c.V[:, 39], c.U[39] = c.V[:, 1], c.U[1]
+        before = c.V @ c.U
+    hard = hard_kl(split)
+    assert merge(split, TOKENS, 5) == 2
+    gate = split.gates[SITE].alive
+    assert int(gate.sum()) == 38 and int(gate[[0, 33, 34]].sum()) == 1 and gate[1] == gate[39] == 1
+    assert torch.allclose(c.V @ c.U, before, atol=1e-5) and abs(hard_kl(split) - hard) < 1e-5
+
+
+def test_parts_that_are_always_active_together_and_write_alike_become_one(split):
+    """A sum of two that read differently and write the same is of rank one; that of two which are not active together is two things."""
+    c, mlps = split.components[SITE], split.gates[SITE].mlps
+    with torch.no_grad():
+        mlps.w2.zero_()
+        c.U[[33, 34]] = 0.01 * c.U[[33, 34]]
+        c.U[3] = c.U[2] * c.U[3].norm() / c.U[2].norm()
+        mlps.b2.fill_(-1.0)
+        mlps.b2[[2, 3]] = 1.0
+        before = c.V @ c.U
+    assert merge(split, TOKENS, 16) == 1 and split.gates[SITE].alive[[2, 3]].sum() == 1
+    assert torch.allclose(c.V @ c.U, before, atol=1e-5)
+
+
+def test_what_is_apart_stays_apart(split):
+    with torch.no_grad():
+        split.gates[SITE].alive[[33, 34]] = 0
+    assert merge(split, TOKENS, 16) == 0
+
+
+def test_the_best_rank_one_matrix():
+    V, U = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    v, u = rank_one(V, U)
+    left, s, right = torch.linalg.svd(V @ U)
+    assert torch.allclose(torch.outer(v, u), s[0] * torch.outer(left[:, 0], right[0]), atol=1e-5)
+    assert float(v.norm()) == pytest.approx(float(u.norm()), rel=1e-4)

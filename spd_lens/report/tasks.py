@@ -1,6 +1,7 @@
 """The pages of the tasks: what each one measured, in the order in which one asks for it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from spd_lens import viz
 from spd_lens.graph import answer_logit, circuit_graph
 from spd_lens.metrics import CHEAT, Verification
+from spd_lens.recovery import Recovery
 from spd_lens.report.model import attention, settings, subcomponents
 from spd_lens.report.page import Section, page
 from spd_lens.tasks.entangled import Outcome as Entangled
@@ -150,6 +152,24 @@ def study_page(table: pd.DataFrame, found: Mapping[str, Mapping[str, float | int
             ("All figures", "The target's own mechanism first: targets of the same accuracy differ.", table),
         ],
     )
+
+
+def planted_page(table: pd.DataFrame, results: Mapping[str, Mapping[str, Any]], last: Recovery | None) -> str:
+    """The report of `spd-lens planted`; `last` is one recovery to draw."""
+    about = pd.DataFrame({"what is planted": {name: case["about"] for name, case in results.items()}}).rename_axis("case")
+    sections: list[Section] = [
+        (
+            "What comes back",
+            "Recovered: mean over the planted pieces of the best |cos v|·|cos u| with an active subcomponent; back: the same of each active subcomponent "
+            "with a planted piece. F1: importance against where the pieces act, position by position. In brackets what was planted. Hard, alive-only and "
+            "adversarial: KL(original ‖ masked) in nats. Of the recipe the mean over seeds, of the others the first seed.",
+            table,
+        ),
+        ("The cases", "Models whose weights were set by hand; every direction is drawn from the seed.", about),
+    ]
+    if last is not None:
+        sections.append(("Piece by piece", "The last case and seed: each planted piece with each active subcomponent.", viz.recovery(last)))
+    return page("Planted pieces", "Models built by hand from known rank-one pieces, decomposed, and held against what is known.", sections)
 
 
 def facts_page(outcome: Facts) -> str:
