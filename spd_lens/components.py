@@ -305,7 +305,7 @@ def likeness(
         a, b = (double(x) / double(x).norm(dim=-1, keepdim=True).clamp_min(1e-300) for x in (a, b))
         return (a @ b.T).abs()
 
-    return (cosines(V.T, V2.T) * cosines(U, U2)).float().to(V.device)
+    return back(cosines(V.T, V2.T) * cosines(U, U2), V)
 
 
 def varimax(loadings: Float[Tensor, "n k"], steps: int = 200, tolerance: float = 1e-7) -> Float[Tensor, "k k"]:

@@ -229,6 +229,7 @@ def check_unchanged(model: Any, site: Site) -> None:
         raise SPDError(f"{name}: its bias is another than when it was decomposed (changed in place, load_state_dict, fold_value_biases). "
                        "Give the model its bias back, or decompose it as it is now.")  # fmt: skip
     if site.modules and (modules := layout.modules(name)) != site.modules:
+        expect_uncompiled(model)
         other = next((a.__name__, b.__name__) for a, b in zip((*site.modules, type(None)), (*modules, type(None))) if a is not b)
         raise SPDError(f"{name} was computed by {other[0]} when it was decomposed and is by {other[1]} now (an adapter, a parametrisation?). "
                        "Undo that, or decompose the model as it is now.")  # fmt: skip

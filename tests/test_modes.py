@@ -159,7 +159,7 @@ CALLS = {  # name → what is called in the mode, and what is looked at outside 
     "write_report": (lambda w: decomposition_page(w.d, w.tokens, most=4), None),  # which writes this page
 }
 NO_FIGURES = {  # classes and what touches no tensor
-    "answer_logit", "name_tokens", "viz", "parameters", "state", "trace", "importance_logits", "run_many", "first_layer", "check_chosen", "check_masks",
+    "answer_logit", "name_tokens", "viz", "parameters", "state", "trace", "importance_logits", "run_many", "first_layer", "check_chosen", "check_masks", "check_model",
 }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def main(folder):
         "nan": error_of(lambda: train(callbacks=[spoil])),
         "ended": error_of(lambda: train(batches(3))),
         "batch size": error_of(lambda: train(batch_size=5)),
-        "batch": error_of(lambda: train(iter([zoo.tokens(1)]))),
+        "batch": error_of(lambda: train([zoo.tokens(1)])),
         "seed": error_of(lambda: train(seed=ranks.rank)),
         "tokens": error_of(lambda: train(zoo.tokens(16, seed=ranks.rank))),
         "write": error_of(lambda: train(path=folder / "saved" / "decomposition.json" / "no folder")),
@@ -220,7 +220,7 @@ def test_both_save_into_one_folder(both, folder):
     "case, message",
     [
         ("nan", "step 3: the stochastic loss is nan"),
-        ("ended", "ended after 3 of 6 steps"),
+        ("ended", "there are 3 batches for 6 steps"),
         ("batch size", "a batch of 5 sequences cannot be shared equally by 2 processes; give 4 or 6"),
         ("batch", "a batch of 1 sequences cannot be shared equally by 2 processes; give 2 "),
         ("seed", "rank 1 was given another config than rank 0"),

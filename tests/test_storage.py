@@ -1,5 +1,6 @@
 import json
 import subprocess
+from inspect import unwrap
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,6 @@ def test_a_read_only_folder(untrained, small_disk):
 
 def test_swapped_arguments_are_told(trained, tmp_path):
     with pytest.raises(SPDError, match=f"given a {type(trained.model).__name__} as the folder and a str as the model; it is load"):
-        load_decomposition.__wrapped__(trained.model, str(tmp_path))
+        unwrap(load_decomposition)(trained.model, str(tmp_path))
     with pytest.raises(SPDError, match="given a PosixPath as the folder and a str as the model"):
         Decomposition.load(tmp_path, "gpt2")

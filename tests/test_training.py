@@ -1,5 +1,6 @@
 import re
 import signal
+from inspect import unwrap
 
 import pytest
 import torch
@@ -400,7 +401,7 @@ class TestBadInput:
     )
     def test_options_of_another_kind(self, model, given, message):
         with pytest.raises(SPDError, match=message):
-            decompose.__wrapped__(model, zoo.tokens(), **{"config": SPDConfig(**QUICK), **given})  # past beartype, as users come
+            unwrap(decompose)(model, zoo.tokens(), **{"config": SPDConfig(**QUICK), **given})  # past beartype, as users come
 
     def test_a_device_whose_name_goes_on(self, model, monkeypatch):
         monkeypatch.setattr(training, "model_device", lambda model: torch.device("cuda:10"))
@@ -491,7 +492,7 @@ def test_a_step_that_runs_out_of_memory_takes_smaller_passes(model, error, monke
     run_many = Decomposition.run_many
 
     def with_little_memory(self, clean, variants, *options):
-        if len(variants) * clean.tokens.numel() > config.tokens_per_pass:
+        if len(variants) * clean.batch.ids.numel() > config.tokens_per_pass:
             raise error
         return run_many(self, clean, variants, *options)
 
