@@ -198,10 +198,9 @@ def _halves(left: Tensor, singular: Tensor, right: Tensor) -> tuple[Tensor, Tens
 
 
 def _unlike(felt: Tensor, matters: Tensor, most: int, generator: torch.Generator) -> list[int]:
-    """Positions of which no two write alike: the pivots of their kernel's Cholesky factorisation."""
-    left = matters * (
-        1 + 1e-3 * torch.rand(len(felt), generator=generator, dtype=torch.float32, device=generator.device).to(felt)
-    )  # which of equals is chance
+    """Positions of which no two write alike: the pivots of their kernel's Cholesky factorisation. Which of equals is chance."""
+    drawn = torch.float64 if generator.device.type == "cpu" else torch.float32
+    left = matters * (1 + 1e-3 * torch.rand(len(felt), generator=generator, dtype=drawn, device=generator.device).to(felt))
     columns, chosen = felt[:, :0], []
     for _ in range(most):
         at = int(left.argmax())

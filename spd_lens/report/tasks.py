@@ -168,7 +168,13 @@ def planted_page(table: pd.DataFrame, results: Mapping[str, Mapping[str, Any]], 
         ("The cases", "Models whose weights were set by hand; every direction is drawn from the seed.", about),
     ]
     if last is not None:
-        sections.append(("Piece by piece", "The last case and seed: each planted piece with each active subcomponent.", viz.recovery(last)))
+        sections.append(
+            (
+                "Piece by piece",
+                "Of the last case above, its last seed: each planted piece with each active subcomponent.",
+                viz.recovery(last),
+            )
+        )
     return page("Planted pieces", "Models built by hand from known rank-one pieces, decomposed, and held against what is known.", sections)
 
 

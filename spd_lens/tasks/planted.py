@@ -91,6 +91,8 @@ def build(
 
             model = TransformerBridge.boot_native(TransformerBridgeConfig(**shape, architecture="TransformerLensNative"), device="cpu")
     bridge = isinstance(model, TransformerBridge)
+    if bridge and "b_U" in parameters:  # transformer-lens 4.3 has no parameter for it
+        model.unembed.original_component.bias = torch.nn.Parameter(torch.zeros(n))  # pyright: ignore
     own = {name.replace("_original_component.", ""): parameter for name, parameter in model.named_parameters()}
     for parameter in own.values():
         parameter.zero_()

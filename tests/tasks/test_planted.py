@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spd_lens import SPDConfig, Verification, cli, decompose, find_sites
+from spd_lens.decomposition import Observation
 from spd_lens.losses import kl_divergence
 from spd_lens.tasks import planted
 from spd_lens.tasks.planted import CASES, OFFSET, measure, plant
@@ -69,17 +70,23 @@ def test_the_truth_scores_full_marks_and_always_on_does_not(monkeypatch):
     d, tokens = as_planted(case), case.tokens[:32]
     on = case.active(tokens)[planted.IN]
     right = torch.cat([on, torch.zeros(*tokens.shape, case.subcomponents - 8)], -1)
-    monkeypatch.setattr(type(d), "importances", lambda self, t: {planted.IN: right[: len(t)]})
+
+    def say(importances):
+        monkeypatch.setattr(type(d), "importances", lambda self, t: {planted.IN: importances[: len(t)]})
+        seen = Observation(torch.zeros(*tokens.shape, 1), {}, {planted.IN: importances})
+        monkeypatch.setattr(type(d), "look", lambda self, batch: seen)
+
+    say(right)
     monkeypatch.setattr(planted, "verify", lambda d, t: Verification(*[0.0] * 8, l0={planted.IN: 1.0}))
     score = measure(d, case, tokens)
     assert score.recovery is not None and score.recovery.above == 8 and score.recovery.back == pytest.approx(1, abs=1e-5)
     assert (score.precision, score.recall, score.f1) == (1.0, 1.0, 1.0)
     assert (score.true_active, score.distinct, score.true_distinct) == (1.0, 8, 8)
     always = torch.cat([torch.ones_like(on), torch.zeros(*tokens.shape, case.subcomponents - 8)], -1)
-    monkeypatch.setattr(type(d), "importances", lambda self, t: {planted.IN: always[: len(t)]})
+    say(always)
     score = measure(d, case, tokens)
     assert score.precision == pytest.approx(1 / 8) and score.recall == 1.0
-    monkeypatch.setattr(type(d), "importances", lambda self, t: {planted.IN: 0 * always[: len(t)]})
+    say(0 * always)
     score = measure(d, case, tokens)
     assert (score.f1, score.distinct, score.recovery.mean if score.recovery else None) == (0.0, 0, 0.0)
 
