@@ -263,16 +263,18 @@ def layout_of(model: Any) -> "_HookedTransformerLayout | _BridgeLayout":
 
 def expect_uncompiled(model: Any) -> None:
     """An error where a part of the model, or all of it, was compiled: compiled code passes by the hooks that were there when it was made."""
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        compiled = "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        if not compiled and not hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            continue
+        name = min((n for n, m in model.named_modules(remove_duplicate=False) if m is module), key=len)  # TransformerBridge has several
         place = f"model.{name}" if name else "model"
         if "_orig_mod" in module._modules:
             mend = f"take {place}._orig_mod, which is what was compiled, in its place"
         elif module._compiled_call_impl is not None:
             mend = "give copy.deepcopy(model), which is not compiled"
-        elif hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
-            mend = f"del {place}.forward gives back what its class has"
         else:
-            continue
+            mend = f"del {place}.forward gives back what its class has"
         raise SPDError(f"{place} was compiled (torch.compile), and compiled code passes by hooks; {mend}.")
 
 

@@ -481,8 +481,11 @@ def test_a_compiled_part_is_named(place, tokens):
         lambda: d.run(tokens, {IN: torch.zeros(())}),
         lambda: d.ablate({IN: [0]}),
     ):
-        with pytest.raises(SPDError, match=rf"^{place.strip()} was compiled"):
+        with pytest.raises(SPDError, match=" was compiled") as error:
             call()
+        assert (
+            str(error.value).replace("._original_component", "").startswith(f"{place.strip()} was")
+        )  # a bridge's module lies in what it wraps
 
 
 def test_what_the_message_says_of_a_compiled_model_mends_it(tokens):
