@@ -4,7 +4,7 @@
 seen, with its figure, and how to mend it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ CROWDED = 0.9  # of a matrix's subcomponents are ever active
 DEAD = 0.97  # of all subcomponents never are
 BROKEN, ATTACKED = 0.1, 0.3  # nats
 BASIS, ALWAYS, SINGULAR = 3, 0.8, 0.8  # of so many or more this share is on at a mean position; likeness to singular vectors that is one
+NAMED = 3  # matrices: each of these takes a whole factorisation
 LOOKED_AT = 32  # sequences that tell which directions of a matrix matter
 SETTLED = 50  # steps; shorter runs are trials
 
@@ -112,19 +113,25 @@ def _basis(d: Decomposition, tokens: Batch, counted: Census) -> list[Advice]:
     full = {name: n for name, n in counted.distinct.items() if n >= BASIS and counted.mean_active[name]["all"] >= ALWAYS * n}
     if sum(full.values()) < counted.total / 2:
         return []
-    like = min(max(_likeness_to_basis(d, name, counted.alive[name], F) for F in (None, G)) for name, G in _factors(d, tokens, full).items())
+    named = list(full)[:NAMED]
+    like = min(
+        max(_likeness_to_basis(d, name, counted.alive[name], F) for F in (None, G)) for name, G in _factors(d, tokens, named).items()
+    )
     what = "This is the singular basis" if like >= SINGULAR else "This is a basis, not pieces that positions choose from"
-    each = ", ".join(f"{counted.mean_active[name]['all']:.3g} of {n} in {name}" for name, n in list(full.items())[:3])
-    more = f" and {len(full) - 3} matrices more" if len(full) > 3 else ""
+    each = ", ".join(f"{counted.mean_active[name]['all']:.3g} of {n} in {name}" for name, n in list(full.items())[:NAMED])
+    more = f" and {len(full) - NAMED} matrices more" if len(full) > NAMED else ""
     return [Advice("basis", f"{what}: {each}{more} are active at every position.",
                    "They say which directions matter, not which piece acts where: try SPDConfig.pieces(), or a larger weight of price, and none of frequency.")]  # fmt: skip
 
 
-def _factors(d: Decomposition, tokens: Batch, names: Iterable[str]) -> dict[str, Factors]:
+def _factors(d: Decomposition, tokens: Batch, names: Sequence[str]) -> dict[str, Factors]:
     rows = rows_at_once(d.model, tokens.shape[1], len(tokens))
+    part = Decomposition(
+        d.model, {name: d.sites[name] for name in names}, {name: d.components[name] for name in names},
+        {name: d.gates[name] for name in names}, d.config,
+    )  # fmt: skip
     with frozen(d.model), torch.enable_grad():
-        found = factors(d, tokens[:LOOKED_AT], torch.Generator(tokens.device).manual_seed(d.config.seed), rows)
-    return {name: found[name] for name in names}
+        return factors(part, tokens[:LOOKED_AT], torch.Generator(tokens.device).manual_seed(d.config.seed), rows)
 
 
 @torch.no_grad()
