@@ -23,7 +23,7 @@ from spd_lens.errors import SPDError, nearest
 from spd_lens.guards import alone, steady
 from spd_lens.importance import Importance, lower_leaky
 from spd_lens.masks import THRESHOLD
-from spd_lens.sites import Hook, Passage, Rewrite, Site, check_unchanged, drops_out, held, is_held, model_device
+from spd_lens.sites import Hook, Passage, Rewrite, Site, check_unchanged, drops_out, expect_uncompiled, held, is_held, model_device
 from spd_lens.suffix import compared_only, recorded, repeated, resumed
 from spd_lens.tables import Shown, Tabular
 from spd_lens.tokens import TEXT_OPTIONS, Batch, TokensLike, is_text, take_in
@@ -469,6 +469,9 @@ class Decomposition(Tabular):
         if here != there:
             raise SPDError(f"the model was moved to {there} and the decomposition is on {here}; load it again with "
                            "Decomposition.load(folder, model), or move the model back.")  # fmt: skip
+        if all(map(is_held, self.sites.values())):
+            return
+        expect_uncompiled(self.model)
         for site in self.sites.values():
             check_unchanged(self.model, site)
 
