@@ -24,6 +24,7 @@ def add_planted(commands: Any) -> None:
     parser.add_argument("--steps", type=int, help="training steps (the recipe's)")
     parser.add_argument("--baselines", nargs="*", choices=planted.METHODS, default=list(planted.METHODS), metavar="METHOD",
                         help=f"what stands beside it, with the first seed: {', '.join(planted.METHODS)} (all)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(call=_planted)
 
 
@@ -41,7 +42,7 @@ def _planted(options: argparse.Namespace, console: Console) -> None:
         runs += [(method, options.seed, method) for method in options.baselines]
         results[case] = {"about": (planted.CASES[case].__doc__ or "").strip(), "seeds": [], "baselines": {}}
         for label, seed, method in runs:
-            score = planted.run(case, seed, method, **changes)
+            score = planted.run(case, seed, method, not options.quiet, **changes)
             if method == "pieces":
                 results[case]["seeds"].append(score.results())
                 last = score.recovery or last

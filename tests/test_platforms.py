@@ -200,8 +200,15 @@ def test_decomposing_keeps_to_the_types_of_the_device(init):
 
 def test_a_targeted_one_too():
     config = SPDConfig.targeted(sites="blocks.0.mlp.W_in", steps=1, subcomponents=6, batch_size=2, gate_width=2)
+
+    def learnt():
+        return decompose(zoo.native(), zoo.tokens(2), config, background=zoo.tokens(4, seed=1), progress=False).state()
+
+    wanted = learnt()
     with AppleGPU():
-        decompose(zoo.native(), zoo.tokens(2), config, background=zoo.tokens(4, seed=1), progress=False)
+        found = learnt()
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=0, atol=0)
 
 
 def test_what_is_done_with_a_decomposition_does(learnt, tmp_path):
@@ -224,5 +231,10 @@ def test_what_is_done_with_a_decomposition_does(learnt, tmp_path):
 def test_an_induction_circuit_is_diagnosed():
     test = induction.sequences(8, torch.Generator().manual_seed(1))
     d = decompose(induction.build_target(0), test.tokens, induction.config(steps=0), progress=False)
+
+    def diagnosed():
+        return repr(spd_lens.diagnose(d, test.tokens, test.positions, test.answers, induction.SPECIAL, draws=1))
+
+    wanted = diagnosed()
     with AppleGPU():
-        spd_lens.diagnose(d, test.tokens, test.positions, test.answers, induction.SPECIAL, draws=1)
+        assert diagnosed() == wanted

@@ -623,13 +623,13 @@ def configs(case: Planted, seed: int, changes: Mapping[str, Any]) -> dict[str, S
     }  # fmt: skip
 
 
-def run(name: str, seed: int, method: str, **changes: Any) -> Score:
+def run(name: str, seed: int, method: str, progress: bool = False, **changes: Any) -> Score:
     """Plant, decompose, measure."""
     case = plant(name, seed)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what `decompose` would warn of is what is measured
-        d = decompose(case.model, case.tokens, configs(case, seed, changes)[method], progress=False)
+        d = decompose(case.model, case.tokens, configs(case, seed, changes)[method], progress=progress)
     return measure(d, case, case.tokens[:MEASURED], time.perf_counter() - start)
 
 
